@@ -1,0 +1,377 @@
+//! The program whose memory moves: threads that ask and update the index at a steady rate.
+//!
+//! Each thread has its schedule, set once so that it is busy about a quarter of the time while
+//! nothing moves, and kept in every phase: the phases do the same work. An operation's latency
+//! counts from the moment it was due, so one that is late because the one before it stalled shows
+//! it (no coordinated omission). The time that the reference takes is left out.
+
+use super::corpus::Corpus;
+use super::postings::Full;
+use super::text::Grouped;
+use super::twin::{Query, SHARDS, Twin};
+use allocator_api2::alloc::Allocator;
+use hdrhistogram::Histogram;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+/// Part of its time that a thread works when nothing moves: `1 / REST`.
+const REST: u32 = 4;
+/// Bounds of the time between two operations of a thread: below, the clock would count for
+/// much; above, there would be too few for a p99.9.
+const PERIOD: (Duration, Duration) = (Duration::from_micros(200), Duration::from_millis(20));
+/// A sleeping thread wakes up late, by the timer slack (50 us, prctl(2)) and more; so it sleeps
+/// until this long before the next operation is due and spins then.
+const SPIN: Duration = Duration::from_micros(100);
+/// The longest latency told from longer ones: 100 s.
+const LONGEST_NS: u64 = 100_000_000_000;
+
+/// What happens to the memory meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Phase {
+    /// Nothing; the threads find their rate.
+    WarmUp,
+    /// Nothing.
+    Still,
+    /// The region is moved.
+    Moving,
+    /// The region is moved one folio at a time.
+    OneByOne,
+    /// The threads end.
+    Stop,
+}
+
+impl Phase {
+    /// The phases that are measured.
+    pub(super) const MEASURED: [Self; 3] = [Self::Still, Self::Moving, Self::OneByOne];
+
+    fn slot(self) -> Option<usize> {
+        Self::MEASURED.iter().position(|p| *p == self)
+    }
+
+    fn from_u8(raw: u8) -> Self {
+        [Self::WarmUp, Self::Still, Self::Moving, Self::OneByOne]
+            .into_iter()
+            .find(|p| *p as u8 == raw)
+            .unwrap_or(Self::Stop)
+    }
+}
+
+/// What a thread does; each has a histogram of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Documents with a word.
+    One,
+    /// Documents with two words.
+    Both,
+    /// Documents with a phrase.
+    Phrase,
+    /// A document is added.
+    Add,
+    /// A document is taken out.
+    Remove,
+}
+
+impl Kind {
+    /// The questions.
+    pub(super) const QUERIES: [Self; 3] = [Self::One, Self::Both, Self::Phrase];
+    /// The changes.
+    pub(super) const UPDATES: [Self; 2] = [Self::Add, Self::Remove];
+    const COUNT: usize = 5;
+}
+
+/// Latencies in ns and what the comparison of answers said.
+#[derive(Debug)]
+pub(super) struct Tally {
+    latencies: Vec<Histogram<u64>>,
+    /// Queries whose answers were compared, in all phases.
+    pub(super) compared: u64,
+    /// Of those, how many differed.
+    pub(super) differing: u64,
+    /// The first difference.
+    pub(super) difference: Option<String>,
+    /// Documents that could not be added for want of room.
+    pub(super) full: u64,
+}
+
+impl Tally {
+    fn new() -> Result<Self, hdrhistogram::CreationError> {
+        // Three digits: a quantile is exact to 0.1 %.
+        let empty = Histogram::new_with_bounds(1, LONGEST_NS, 3)?;
+        let latencies = vec![empty; Phase::MEASURED.len() * Kind::COUNT];
+        Ok(Self { latencies, compared: 0, differing: 0, difference: None, full: 0 })
+    }
+
+    fn record(&mut self, phase: Phase, kind: Kind, took: Duration) {
+        if let Some(slot) = phase.slot() {
+            let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+            self.latencies[slot * Kind::COUNT + kind as usize].saturating_record(ns);
+        }
+    }
+
+    fn merge(&mut self, other: Self) -> Result<(), hdrhistogram::AdditionError> {
+        for (mine, theirs) in self.latencies.iter_mut().zip(&other.latencies) {
+            mine.add(theirs)?;
+        }
+        self.compared += other.compared;
+        self.differing += other.differing;
+        self.difference = self.difference.take().or(other.difference);
+        self.full += other.full;
+        Ok(())
+    }
+
+    /// The latencies of some kinds of operation in a phase.
+    pub(super) fn latencies(&self, phase: Phase, kinds: &[Kind]) -> Option<Histogram<u64>> {
+        let slot = phase.slot()?;
+        let mut all = Histogram::new_from(self.latencies.first()?);
+        for kind in kinds {
+            all.add(&self.latencies[slot * Kind::COUNT + *kind as usize]).ok()?;
+        }
+        Some(all)
+    }
+}
+
+/// A small generator (xorshift64*, Marsaglia 2003, Vigna 2016): the same work in every run.
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        // Any odd constant will do: the state must not be zero.
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next()).unwrap_or(0) % bound.max(1)
+    }
+}
+
+/// The threads' common ground.
+#[derive(Debug)]
+pub(super) struct Load<'a, A: Allocator + Clone> {
+    twin: &'a Twin<A>,
+    corpus: &'a Corpus,
+    phase: AtomicU8,
+}
+
+impl<'a, A: Allocator + Clone + Send + Sync> Load<'a, A> {
+    pub(super) fn new(twin: &'a Twin<A>, corpus: &'a Corpus) -> Self {
+        Self { twin, corpus, phase: AtomicU8::new(Phase::WarmUp as u8) }
+    }
+
+    /// From now on the threads record under `phase`, or end.
+    pub(super) fn enter(&self, phase: Phase) {
+        // Relaxed: the phase only says where to record and when to end.
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    fn phase(&self) -> Phase {
+        Phase::from_u8(self.phase.load(Ordering::Relaxed))
+    }
+
+    /// Runs `main` beside `queries` threads that ask and `updates` threads that update, ends
+    /// them, and returns what `main` returned and what they saw.
+    pub(super) fn run<T>(
+        &self,
+        queries: usize,
+        updates: usize,
+        main: impl FnOnce() -> T,
+    ) -> anyhow::Result<(T, Tally)> {
+        std::thread::scope(|scope| {
+            let mut tally = Tally::new()?;
+            // The threads end however `main` ends.
+            let end = Stop(self);
+            let threads: Vec<_> = (0..queries + updates)
+                .map(|thread| scope.spawn(move || self.work(thread, thread >= queries)))
+                .collect();
+            let result = main();
+            drop(end);
+            for thread in threads {
+                match thread.join() {
+                    Ok(seen) => tally.merge(seen?)?,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            Ok((result, tally))
+        })
+    }
+
+    fn work(&self, thread: usize, updates: bool) -> Result<Tally, hdrhistogram::CreationError> {
+        let mut worker = Worker {
+            load: self,
+            random: Random::new(thread as u64 + 1),
+            grouped: Grouped::default(),
+            adds_next: false,
+            tally: Tally::new()?,
+        };
+        let mut period = Duration::ZERO;
+        let (mut busy, mut operations) = (Duration::ZERO, 0u32);
+        let mut due = Instant::now();
+        let mut last = Phase::WarmUp;
+        loop {
+            let phase = self.phase();
+            if phase == Phase::Stop {
+                return Ok(worker.tally);
+            }
+            if phase != last {
+                if last == Phase::WarmUp {
+                    let mean = busy / operations.max(1);
+                    period = (mean * REST).clamp(PERIOD.0, PERIOD.1);
+                }
+                // What is late is late because of the phase before: it does not count here.
+                last = phase;
+                due = Instant::now();
+            }
+            wait_until(due);
+            let start = Instant::now();
+            let done = if updates { worker.update() } else { Some(worker.query()) };
+            if let Some((kind, took)) = done {
+                worker.tally.record(phase, kind, start.saturating_duration_since(due) + took);
+            }
+            busy += start.elapsed();
+            operations = operations.saturating_add(1);
+            due = if phase == Phase::WarmUp { Instant::now() } else { due + period };
+        }
+    }
+}
+
+struct Stop<'l, 'a, A: Allocator + Clone + Send + Sync>(&'l Load<'a, A>);
+
+impl<A: Allocator + Clone + Send + Sync> Drop for Stop<'_, '_, A> {
+    fn drop(&mut self) {
+        self.0.enter(Phase::Stop);
+    }
+}
+
+fn wait_until(due: Instant) {
+    let left = due.saturating_duration_since(Instant::now());
+    if left > SPIN {
+        std::thread::sleep(left - SPIN);
+    }
+    while Instant::now() < due {
+        std::hint::spin_loop();
+    }
+}
+
+struct Worker<'l, 'a, A: Allocator + Clone> {
+    load: &'l Load<'a, A>,
+    random: Random,
+    grouped: Grouped,
+    adds_next: bool,
+    tally: Tally,
+}
+
+impl<A: Allocator + Clone + Send + Sync> Worker<'_, '_, A> {
+    /// A word from a random place of a random document, so that frequent words are asked for
+    /// often, as people do; with the place's document and position.
+    fn place(&mut self) -> (&[u32], usize) {
+        let document = &self.load.corpus.documents[self.random.below(self.load.corpus.documents.len())];
+        (document, self.random.below(document.len()))
+    }
+
+    fn query(&mut self) -> (Kind, Duration) {
+        let choice = self.random.below(10);
+        let other = self.random.next();
+        let (document, at) = self.place();
+        let (kind, query) = match (choice, &document[at..]) {
+            (0..2, [a, b, c, ..]) => (Kind::Phrase, Query::Phrase([*a, *b, *c])),
+            (2..5, [a, ..]) => {
+                let other = usize::try_from(other).unwrap_or(0) % document.len();
+                (Kind::Both, Query::Both(*a, document[other]))
+            }
+            _ => (Kind::One, Query::One(document[at])),
+        };
+        let asked = self.load.twin.ask(query, &self.load.corpus.vocabulary);
+        self.tally.compared += 1;
+        self.tally.differing += u64::from(asked.differing > 0);
+        if self.tally.difference.is_none() {
+            self.tally.difference = asked.difference;
+        }
+        (kind, asked.took)
+    }
+
+    /// Takes out and adds documents in turn, so that the index keeps its size.
+    fn update(&mut self) -> Option<(Kind, Duration)> {
+        let Load { twin, corpus, .. } = self.load;
+        let shard = self.random.below(SHARDS);
+        self.adds_next = !self.adds_next;
+        if self.adds_next {
+            let member = twin.pick(shard, self.random.next())?;
+            self.grouped.set(&corpus.documents[member.document as usize]);
+            let took = twin.remove(shard, member, &self.grouped, &corpus.vocabulary)?;
+            return Some((Kind::Remove, took));
+        }
+        let document = self.random.below(corpus.documents.len());
+        self.grouped.set(&corpus.documents[document]);
+        let document = u32::try_from(document).ok()?;
+        match twin.add(shard, document, &self.grouped, &corpus.vocabulary) {
+            Ok(took) => Some((Kind::Add, took)),
+            Err(Full) => {
+                self.tally.full += 1;
+                None
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use allocator_api2::alloc::Global;
+
+    #[test]
+    fn threads_ask_and_update_until_told_to_stop_and_all_answers_agree() -> anyhow::Result<()> {
+        let mut corpus = Corpus::default();
+        for i in 0..50 {
+            corpus.add(&format!("page {i} of folio {} on node {}", i / 7, i % 3));
+        }
+        let twin = Twin::new_in(&Global);
+        twin.fill(&corpus, 1, || twin.documents() >= 200, || {});
+        let (before, load) = (twin.documents(), Load::new(&twin, &corpus));
+        let ((), tally) = load.run(2, 1, || {
+            for phase in Phase::MEASURED {
+                std::thread::sleep(Duration::from_millis(30));
+                load.enter(phase);
+            }
+            // Updates alternate, so one is under way when the index has not its first size.
+            while twin.documents() == before {
+                std::thread::yield_now();
+            }
+        })?;
+        assert!(tally.compared > 0);
+        assert_eq!((tally.differing, tally.difference), (0, None));
+        assert_eq!(twin.compare().differing, 0);
+        Ok(())
+    }
+
+    #[test]
+    fn latencies_are_kept_by_phase_and_kind() -> anyhow::Result<()> {
+        let mut tally = Tally::new()?;
+        tally.record(Phase::Moving, Kind::Add, Duration::from_micros(5));
+        tally.record(Phase::WarmUp, Kind::Add, Duration::from_secs(1));
+        tally.record(Phase::Still, Kind::One, Duration::MAX);
+        let count = |phase, kinds: &[Kind]| tally.latencies(phase, kinds).map(|h| h.len());
+        assert_eq!(count(Phase::Moving, &Kind::UPDATES), Some(1));
+        assert_eq!(count(Phase::Moving, &Kind::QUERIES), Some(0));
+        assert_eq!(count(Phase::Still, &Kind::QUERIES), Some(1));
+        assert_eq!(count(Phase::WarmUp, &Kind::UPDATES), None);
+        Ok(())
+    }
+
+    #[test]
+    fn the_generator_reaches_every_choice() {
+        let mut random = Random::new(1);
+        let mut seen = [0u32; 10];
+        for _ in 0..1000 {
+            seen[random.below(10)] += 1;
+        }
+        assert!(seen.iter().all(|&n| n > 50), "{seen:?}");
+    }
+}

@@ -1,0 +1,172 @@
+//! Mapping, advice and memory policy.
+//!
+//! Source: `include/uapi/asm-generic/mman-common.h`, `include/uapi/linux/mempolicy.h`, `mbind(2)`,
+//! `move_pages(2)`, `madvise(2)`.
+
+use crate::Errno;
+
+/// Advice to the kernel about a range; a closed list, so that a test can fail each of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// `MADV_HUGEPAGE`.
+    HugePage,
+    /// `MADV_NOHUGEPAGE`.
+    NoHugePage,
+    /// `MADV_DONTNEED`: frees the pages.
+    DontNeed,
+    /// `MADV_DONTFORK`: a child does not get the range.
+    DontFork,
+    /// `MADV_DONTDUMP`: core dumps leave the range out.
+    DontDump,
+    /// `MADV_POPULATE_WRITE` (5.14): fault all pages in, writable, their content unchanged.
+    PopulateWrite,
+}
+
+impl Advice {
+    fn raw(self) -> i32 {
+        match self {
+            Self::HugePage => libc::MADV_HUGEPAGE,
+            Self::NoHugePage => libc::MADV_NOHUGEPAGE,
+            Self::DontNeed => libc::MADV_DONTNEED,
+            Self::DontFork => libc::MADV_DONTFORK,
+            Self::DontDump => libc::MADV_DONTDUMP,
+            Self::PopulateWrite => libc::MADV_POPULATE_WRITE,
+        }
+    }
+}
+
+/// `MPOL_PREFERRED`, include/uapi/linux/mempolicy.h.
+const MPOL_PREFERRED: i32 = 1;
+/// `MPOL_DEFAULT`.
+const MPOL_DEFAULT: i32 = 0;
+/// Nodes a mask here can name; the kernel's largest `MAX_NUMNODES` is 1024 (`NODES_SHIFT` 10).
+pub const MAX_NODES: usize = 1024;
+const MASK_WORDS: usize = MAX_NODES / 64;
+
+fn mask_of(node: u32) -> Result<[u64; MASK_WORDS], Errno> {
+    let mut mask = [0u64; MASK_WORDS];
+    let word = mask.get_mut(node as usize / 64).ok_or(Errno(libc::EINVAL))?;
+    *word = 1 << (node % 64);
+    Ok(mask)
+}
+
+/// Maps `len` bytes of private anonymous memory at a multiple of `align` (a power of two, at least
+/// a page). No swap space is reserved and, even under `mlockall(MCL_FUTURE)`, nothing is populated.
+pub(crate) fn map(len: usize, align: usize) -> Result<usize, Errno> {
+    let room = len.checked_add(align).ok_or(Errno(libc::ENOMEM))?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let raw = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
+    if raw == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    let raw = raw.addr();
+    let start = raw.next_multiple_of(align);
+    // SAFETY: both trimmed pieces lie within the mapping just made, which nobody else knows of.
+    unsafe {
+        if start > raw {
+            libc::munmap(std::ptr::without_provenance_mut(raw), start - raw);
+        }
+        if raw + room > start + len {
+            let tail = std::ptr::without_provenance_mut(start + len);
+            libc::munmap(tail, raw + room - (start + len));
+        }
+    }
+    // Under MCL_FUTURE the range is born locked; made writable while locked, it would be populated.
+    // SAFETY: munlock and mprotect of the mapping just made.
+    let ret = unsafe {
+        libc::munlock(std::ptr::without_provenance(start), len);
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mprotect(std::ptr::without_provenance_mut(start), len, rw)
+    };
+    if let Err(e) = Errno::result(ret.into()) {
+        // SAFETY: as above; nobody has seen the mapping.
+        unsafe { libc::munmap(std::ptr::without_provenance_mut(start), len) };
+        return Err(e);
+    }
+    Ok(start)
+}
+
+/// # Safety
+/// The range belongs to the caller, and its content is given up.
+pub(crate) unsafe fn map_over(start: usize, len: usize) -> Result<(), Errno> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: promised by the caller.
+    let raw =
+        unsafe { libc::mmap(std::ptr::without_provenance_mut(start), len, prot, flags, -1, 0) };
+    if raw == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
+}
+
+/// # Safety
+/// Nothing may use the range any more.
+pub(crate) unsafe fn unmap(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: promised by the caller.
+    let ret = unsafe { libc::munmap(std::ptr::without_provenance_mut(start), len) };
+    Errno::result(ret.into()).map(drop)
+}
+
+/// # Safety
+/// The range belongs to the caller; with [`Advice::DontNeed`] its content is given up.
+pub(crate) unsafe fn advise(start: usize, len: usize, advice: Advice) -> Result<(), Errno> {
+    // SAFETY: promised by the caller.
+    let ret = unsafe { libc::madvise(std::ptr::without_provenance_mut(start), len, advice.raw()) };
+    Errno::result(ret.into()).map(drop)
+}
+
+/// `mbind(MPOL_PREFERRED)`: pages of the range are allocated on `node` while it has any.
+pub(crate) fn prefer_node(start: usize, len: usize, node: u32) -> Result<(), Errno> {
+    let mask = mask_of(node)?;
+    // SAFETY: mbind reads the mask (maxnode counts bits, and the kernel drops one) and changes the
+    // policy of a range, not its content; no flag asks it to move pages.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            start,
+            len,
+            MPOL_PREFERRED,
+            mask.as_ptr(),
+            MAX_NODES + 1,
+            0u32,
+        )
+    };
+    Errno::result(ret).map(drop)
+}
+
+/// The calling thread's allocations prefer `node` from now on, or follow the default policy.
+///
+/// # Errors
+/// `EINVAL`: the node has no memory or is not allowed (cpuset).
+pub fn prefer_node_for_thread(node: Option<u32>) -> Result<(), Errno> {
+    let (mode, mask) = match node {
+        Some(node) => (MPOL_PREFERRED, mask_of(node)?),
+        None => (MPOL_DEFAULT, [0; MASK_WORDS]),
+    };
+    let mask_ptr = if node.is_some() { mask.as_ptr() } else { std::ptr::null() };
+    let bits = if node.is_some() { MAX_NODES + 1 } else { 0 };
+    // SAFETY: set_mempolicy reads the mask and changes the calling thread's policy only.
+    let ret = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask_ptr, bits) };
+    Errno::result(ret).map(drop)
+}
+
+/// `move_pages(2)` as a query: the node of each page, or a negative errno (`-ENOENT`: no page).
+///
+/// # Errors
+/// `EINVAL`/`ENOSYS`: a kernel without NUMA.
+pub(crate) fn page_nodes(pages: &[usize], status: &mut [i32]) -> Result<(), Errno> {
+    assert_eq!(pages.len(), status.len(), "one status for each page");
+    // SAFETY: pid 0 is this process; without a node list nothing is moved; the kernel reads
+    // `pages` and writes `status`, both of the length given.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_move_pages,
+            0,
+            pages.len(),
+            pages.as_ptr(),
+            std::ptr::null::<i32>(),
+            status.as_mut_ptr(),
+            0,
+        )
+    };
+    Errno::result(ret).map(drop)
+}

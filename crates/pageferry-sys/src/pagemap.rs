@@ -1,0 +1,172 @@
+//! What stands behind a range of this process: `/proc/self/pagemap` and its `PAGEMAP_SCAN`.
+//!
+//! Source: `include/uapi/linux/fs.h` (`struct pm_scan_arg`, `PAGE_IS_*`; 6.7),
+//! `Documentation/admin-guide/mm/pagemap.rst`.
+
+use crate::Errno;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+bitflags::bitflags! {
+    /// Properties of a page (`PAGE_IS_*`).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Categories: u64 {
+        /// Belongs to a file or shared memory.
+        const FILE = 1 << 2;
+        /// Mapped.
+        const PRESENT = 1 << 3;
+        /// Swapped out (before 6.15 guard markers are counted here too).
+        const SWAPPED = 1 << 4;
+        /// The shared zero page.
+        const PFN_ZERO = 1 << 5;
+        /// Mapped by a page-middle entry: a huge page.
+        const HUGE = 1 << 6;
+        /// A guard marker of `MADV_GUARD_INSTALL` (6.15).
+        const GUARD = 1 << 8;
+    }
+}
+
+/// A run of pages with the same properties (`struct page_region`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    categories: u64,
+}
+
+impl Run {
+    /// A run of nothing, to fill a buffer for [`Pagemap::scan`].
+    pub const EMPTY: Self = Self { start: 0, end: 0, categories: 0 };
+
+    /// The run's properties.
+    pub fn categories(&self) -> Categories {
+        Categories::from_bits_truncate(self.categories)
+    }
+}
+
+#[repr(C)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<Run>() == 24);
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: u64 = (3 << 30) | (96 << 16) | ((b'f' as u64) << 8) | 16;
+
+/// One entry of `/proc/self/pagemap`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry(pub u64);
+
+impl Entry {
+    /// Page frame number; `None` when not present or hidden (it needs `CAP_SYS_ADMIN`).
+    pub fn pfn(self) -> Option<u64> {
+        let pfn = self.0 & ((1 << 55) - 1);
+        (self.present() && pfn != 0).then_some(pfn)
+    }
+    /// Bit 63.
+    pub fn present(self) -> bool {
+        self.0 >> 63 != 0
+    }
+    /// Bit 62.
+    pub fn swapped(self) -> bool {
+        self.0 >> 62 & 1 != 0
+    }
+    /// Bit 57: write-protected by a userfaultfd.
+    pub fn write_protected(self) -> bool {
+        self.0 >> 57 & 1 != 0
+    }
+    /// Bit 56: mapped by this process only, once.
+    pub fn exclusive(self) -> bool {
+        self.0 >> 56 & 1 != 0
+    }
+}
+
+/// `/proc/self/pagemap`, opened once (reading it is checked against this process, so a child
+/// after fork must not use it).
+#[derive(Debug)]
+pub struct Pagemap {
+    file: File,
+}
+
+impl Pagemap {
+    /// Opens the calling process's pagemap.
+    ///
+    /// # Errors
+    /// `ENOENT`: no procfs; `EACCES`: forbidden here.
+    pub fn open() -> Result<Self, Errno> {
+        let file = File::open("/proc/self/pagemap")
+            .map_err(|e| Errno(e.raw_os_error().unwrap_or(libc::EIO)))?;
+        Ok(Self { file })
+    }
+
+    /// The entries of the pages from `start` on, one for each element of `out`.
+    ///
+    /// # Errors
+    /// What `pread(2)` says; `EIO` when the range leaves the address space.
+    pub fn entries(&self, start: usize, out: &mut [Entry]) -> Result<(), Errno> {
+        let offset = (start / crate::page_size() * 8) as u64;
+        let mut bytes = vec![0u8; out.len() * 8];
+        self.file
+            .read_exact_at(&mut bytes, offset)
+            .map_err(|e| Errno(e.raw_os_error().unwrap_or(libc::EIO)))?;
+        for (entry, raw) in out.iter_mut().zip(bytes.chunks_exact(8)) {
+            let mut word = [0u8; 8];
+            word.copy_from_slice(raw);
+            *entry = Entry(u64::from_ne_bytes(word));
+        }
+        Ok(())
+    }
+
+    /// Runs of pages in `start..end` that have any of `wanted`, with those of `wanted` that they
+    /// have. Returns how many runs were written and where the walk ended (at `end`, or earlier
+    /// when `out` was full).
+    ///
+    /// # Errors
+    /// `ENOTTY`: a kernel without `PAGEMAP_SCAN` (before 6.7). `EINVAL`: a bad range.
+    pub(crate) fn scan(
+        &self,
+        start: usize,
+        end: usize,
+        wanted: Categories,
+        returned: Categories,
+        out: &mut [Run],
+    ) -> Result<(usize, usize), Errno> {
+        let mut arg = PmScanArg {
+            size: 96,
+            flags: 0,
+            start: start as u64,
+            end: end as u64,
+            walk_end: 0,
+            vec: out.as_mut_ptr().addr() as u64,
+            vec_len: out.len() as u64,
+            max_pages: 0,
+            category_inverted: 0,
+            category_mask: 0,
+            category_anyof_mask: wanted.bits(),
+            return_mask: returned.bits(),
+        };
+        // The kernel writes through the address in `vec`, so its provenance must be exposed.
+        let _ = out.as_mut_ptr().expose_provenance();
+        // SAFETY: PAGEMAP_SCAN reads and writes `arg`, of the size it encodes, and writes at most
+        // `vec_len` runs at `vec`; without PM_SCAN_WP_MATCHING it changes nothing else.
+        let ret = unsafe {
+            libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, std::ptr::from_mut(&mut arg))
+        };
+        let n = Errno::result(ret.into())?;
+        Ok((n, usize::try_from(arg.walk_end).unwrap_or(end)))
+    }
+}

@@ -1,0 +1,66 @@
+//! What can go wrong: reading the tree, and asking for a node.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::ids::NodeId;
+use crate::list::NodeList;
+
+/// The tree could not be read as a machine.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// A file or directory that every kernel has could not be read.
+    #[error("cannot read {}: is sysfs mounted and readable there?", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file does not say what the kernel documents for it.
+    #[error("{} says {content:?}: {reason}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What it contains, cut after 80 characters.
+        content: String,
+        /// What was expected instead.
+        reason: String,
+    },
+}
+
+/// A node was named that cannot serve. Each message names the nodes that can.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NodeError {
+    /// The machine has no such node.
+    #[error("node {node} does not exist: this machine has node(s) {online}")]
+    Unknown {
+        /// The node asked for.
+        node: NodeId,
+        /// The nodes that are online.
+        online: NodeList,
+    },
+    /// The kernel keeps a number for the node, but nothing of it is online.
+    #[error(
+        "node {node} is offline: bring its memory online (for example `daxctl online-memory`) \
+         or use one of the online node(s) {online}"
+    )]
+    Offline {
+        /// The node asked for.
+        node: NodeId,
+        /// The nodes that are online.
+        online: NodeList,
+    },
+    /// The node is online but has no memory, only CPUs or devices, or neither.
+    #[error("node {node} has no memory: the node(s) with memory are {with_memory}")]
+    NoMemory {
+        /// The node asked for.
+        node: NodeId,
+        /// The nodes that have memory.
+        with_memory: NodeList,
+    },
+}

@@ -1,0 +1,161 @@
+//! An allocator over a region, so that collections can live in managed memory.
+//!
+//! Blocks come in size classes, four to a power of two, and are carved from the region front to
+//! back; a freed block goes to its class's list and is given out again for that class. The lists
+//! lie outside the region (a `Vec` of offsets for each class), so the allocator itself never
+//! touches managed memory: it works while the region moves, also in user-mode-only form.
+
+use crate::region::Region;
+use allocator_api2::alloc::{AllocError, Allocator};
+use parking_lot::Mutex;
+use std::alloc::Layout;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Smallest block, in bytes; also the alignment of every block.
+const SMALLEST: usize = 16;
+/// Classes up to 2^47 bytes.
+const CLASSES: usize = 44 * 4;
+
+/// The class of a block of `bytes`, and the size of blocks of that class: the smallest of
+/// 2^k * {4, 5, 6, 7} / 4 that holds it, at most a quarter more than asked.
+fn class_of(bytes: usize) -> (usize, usize) {
+    let bytes = bytes.max(SMALLEST);
+    let octave = (bytes - 1).ilog2() as usize;
+    // `bytes` lies in (2^octave, 2^(octave + 1)]; its quarter there, rounded up.
+    let quarter = (1usize << octave) / 4;
+    let steps = (bytes - (1 << octave)).div_ceil(quarter.max(1));
+    let size = (1usize << octave) + steps * quarter;
+    let base = SMALLEST.ilog2() as usize - 1;
+    ((octave - base) * 4 + steps, size.next_multiple_of(SMALLEST))
+}
+
+#[derive(Debug)]
+struct Heap {
+    /// Offset of the first byte never given out.
+    top: usize,
+    free: Vec<Vec<usize>>,
+    used: usize,
+}
+
+#[derive(Debug)]
+struct Shared {
+    region: Arc<Region>,
+    heap: Mutex<Heap>,
+}
+
+/// See the [module](self). Clones share one heap.
+#[derive(Clone, Debug)]
+pub struct RegionAlloc {
+    shared: Arc<Shared>,
+}
+
+impl RegionAlloc {
+    /// An allocator that has the whole region for itself.
+    ///
+    /// Everything allocated before through another `RegionAlloc` over the same region would be
+    /// given out again; so there must be only one over a region.
+    pub fn new(region: Arc<Region>) -> Self {
+        let free = (0..=CLASSES).map(|_| Vec::new()).collect();
+        let heap = Mutex::new(Heap { top: 0, free, used: 0 });
+        Self { shared: Arc::new(Shared { region, heap }) }
+    }
+
+    /// Bytes given out now, rounded up to their size classes.
+    pub fn used_bytes(&self) -> usize {
+        self.shared.heap.lock().used
+    }
+
+    /// Bytes of the region that were ever given out: what lies beyond was never touched.
+    pub fn high_water_bytes(&self) -> usize {
+        self.shared.heap.lock().top
+    }
+
+    /// The region behind it.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.shared.region
+    }
+}
+
+// SAFETY: blocks are disjoint (each offset is given out once until it is freed), stay valid while
+// any clone lives (the region is kept by an Arc and never unmapped before), and may be freed
+// through any clone, since clones share one heap. Moving pages changes neither addresses nor
+// content.
+unsafe impl Allocator for RegionAlloc {
+    fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>, AllocError> {
+        if layout.size() == 0 {
+            let dangling = std::ptr::without_provenance_mut(layout.align());
+            let start = NonNull::new(dangling).ok_or(AllocError)?;
+            return Ok(NonNull::slice_from_raw_parts(start, 0));
+        }
+        // Over-aligned blocks have a class of their own size, a multiple of their alignment, so
+        // that every block of an alignment above the smallest begins at a multiple of it.
+        let aligned = layout.align() > SMALLEST;
+        let asked = if aligned {
+            layout.size().max(layout.align()).checked_next_power_of_two().ok_or(AllocError)?
+        } else {
+            layout.size()
+        };
+        if asked > self.shared.region.len() {
+            return Err(AllocError);
+        }
+        let (class, size) = class_of(asked);
+        let mut heap = self.shared.heap.lock();
+        // A block freed by one alignment may serve another: only one that fits is taken.
+        let list = heap.free.get_mut(class).ok_or(AllocError)?;
+        let reused = list.iter().rposition(|o| o.is_multiple_of(layout.align()));
+        let offset = match reused {
+            Some(at) => list.swap_remove(at),
+            None => {
+                let offset = heap.top.next_multiple_of(layout.align().max(SMALLEST));
+                let end = offset.checked_add(size).ok_or(AllocError)?;
+                if end > self.shared.region.len() {
+                    return Err(AllocError);
+                }
+                heap.top = end;
+                offset
+            }
+        };
+        heap.used += size;
+        // SAFETY: `offset + size` lies within the region.
+        let start = unsafe { self.shared.region.as_ptr().add(offset) };
+        let start = NonNull::new(start).ok_or(AllocError)?;
+        Ok(NonNull::slice_from_raw_parts(start, size))
+    }
+
+    unsafe fn deallocate(&self, ptr: NonNull<u8>, layout: Layout) {
+        if layout.size() == 0 {
+            return;
+        }
+        let aligned = layout.align() > SMALLEST;
+        let asked = if aligned {
+            layout.size().max(layout.align()).next_power_of_two()
+        } else {
+            layout.size()
+        };
+        let (class, size) = class_of(asked);
+        let offset = ptr.as_ptr().addr() - self.shared.region.addr();
+        let mut heap = self.shared.heap.lock();
+        heap.used -= size;
+        if let Some(list) = heap.free.get_mut(class) {
+            list.push(offset);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_class_holds_what_it_is_for_and_wastes_at_most_a_quarter(bytes in 1usize..1 << 40) {
+            let (class, size) = class_of(bytes);
+            prop_assert!(size >= bytes);
+            prop_assert!(size <= (bytes + bytes / 4).max(SMALLEST).next_multiple_of(SMALLEST));
+            prop_assert!(class < CLASSES);
+            prop_assert_eq!(class_of(size).1, size);
+        }
+    }
+}

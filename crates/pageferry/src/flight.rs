@@ -1,0 +1,379 @@
+//! The flight table: which pages are in the air, and what happened to them meanwhile.
+//!
+//! A *flight* is the part of one 2 MiB block that one transaction has under way. The thread that
+//! moves it (the conductor) and the fault handler meet here and nowhere else.
+//!
+//! # The protocol
+//! The handler holds the gate exclusively from *before* it reads messages until it has acted on
+//! them. The conductor holds it shared while it opens a flight, widens its hole, reads what was
+//! marked, or attaches. Hence:
+//!
+//! 1. *No write is lost.* A write to a protected page waits until the handler has marked the page
+//!    dirty and lifted the protection, in that order, under the gate. The conductor reads the
+//!    marks after detach, so a write that landed before detach was marked before it.
+//! 2. *A stale message does no harm.* A message about a flight that has ended finds either no
+//!    flight (then nothing is protected: a flight protects its pages only once it is open) or the
+//!    flight that holds the page now (the page is marked dirty *there* before its protection is
+//!    lifted).
+//! 3. *A hole is told from a first touch.* The hole is widened before detach begins, under the
+//!    gate; so a missing page outside every hole has really never been there, and the handler
+//!    may fill it, because nobody can begin to detach it before the handler lets go of the gate.
+//! 4. *What the program gives up stays given up.* `madvise(MADV_DONTNEED)` waits until its event
+//!    is read; the handler marks the pages gone before it lets go of the gate; attach checks the
+//!    marks and moves pages in under the gate. So an attach comes either before the event is read
+//!    (and the pages are dropped after it) or after the mark (and skips them). Pages of the range
+//!    that were *not* in the air could be detached between the event and the drop: a [`Quarantine`]
+//!    keeps new flights off them until the drop is seen to be done.
+//!
+//! Loom checks 1 to 4 (`tests` below, under `--cfg loom`).
+
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, ExclusiveGuard, Gate, Ordering};
+use pageferry_sys::uffd::Event;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+/// Pages in one flight at most: a 2 MiB block of 4 KiB pages.
+pub(crate) const MAX_PAGES: usize = 512;
+const WORDS: usize = MAX_PAGES / 64;
+
+/// How long a range stays off limits after a `madvise` event whose effect cannot be seen (a page
+/// that was dropped and touched again at once looks as if it had never been dropped). The thread
+/// in `madvise` has been woken by then; it needs one turn on a CPU.
+const QUARANTINE: Duration = Duration::from_secs(1);
+
+/// One flight. Fields are atomics so that the table can be shared; the gate orders them.
+#[derive(Debug, Default)]
+#[cfg_attr(not(loom), repr(align(128)))] // its own cache lines: conductors do not share them
+struct Flight {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    hole_start: AtomicUsize,
+    hole_end: AtomicUsize,
+    /// Somebody waits for a page of this flight and must be woken when it closes.
+    waiters: AtomicU32,
+    dirty: [AtomicU64; WORDS],
+    gone: [AtomicU64; WORDS],
+    any_gone: AtomicBool,
+    /// The flight carries one huge folio, which is protected, written and repaired as a whole.
+    huge: AtomicBool,
+}
+
+/// Relaxed everywhere in this module: the gate's lock orders every access between handler and
+/// conductor, and no one else touches a flight.
+const R: Ordering = Ordering::Relaxed;
+
+impl Flight {
+    fn range(&self) -> Range<usize> {
+        self.start.load(R)..self.end.load(R)
+    }
+    fn hole(&self) -> Range<usize> {
+        self.hole_start.load(R)..self.hole_end.load(R)
+    }
+    fn overlap(&self, range: &Range<usize>) -> Option<Range<usize>> {
+        let own = self.range();
+        let both = own.start.max(range.start)..own.end.min(range.end);
+        (!both.is_empty()).then_some(both)
+    }
+}
+
+/// A range that was given up by `madvise` but may not have been dropped yet.
+#[derive(Debug)]
+struct Quarantine {
+    range: Range<usize>,
+    /// A page that was there when the event was read: once it is missing, the drop is under way
+    /// beyond it. The last such page is watched.
+    witness: usize,
+    since: Instant,
+}
+
+/// Where a page went by `mremap` while it was in the air.
+#[derive(Clone, Debug)]
+struct Detour {
+    from: Range<usize>,
+    to: usize,
+}
+
+#[derive(Debug, Default)]
+struct Rare {
+    quarantines: Vec<Quarantine>,
+    detours: Vec<Detour>,
+}
+
+/// What the handler must do about a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The page is in a hole: its waiter is woken by attach.
+    Wait,
+    /// Lift the protection; the page was marked dirty if it is in the air.
+    Unprotect,
+    /// As `Unprotect`, for the whole huge folio (a part of it could only be split off).
+    UnprotectHuge,
+    /// The page was never there: give it its first content.
+    FirstTouch,
+}
+
+/// Why a flight cannot open now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// Part of the range is being given up by the program.
+    Quarantined,
+    /// All places are taken.
+    Full,
+}
+
+/// An open flight; closed by [`Flights::close`].
+#[derive(Debug)]
+pub(crate) struct FlightId(usize);
+
+/// All flights of an engine.
+#[derive(Debug)]
+pub(crate) struct Flights {
+    gate: Gate,
+    slots: Box<[Flight]>,
+    page: usize,
+    rare: parking_lot::Mutex<Rare>,
+    /// Set while `rare` holds anything, so that the common path does not lock it.
+    any_rare: AtomicBool,
+}
+
+/// Set bits as runs of pages.
+pub(crate) type Bits = [u64; WORDS];
+
+pub(crate) fn bit(bits: &Bits, index: usize) -> bool {
+    bits[index / 64] >> (index % 64) & 1 != 0
+}
+
+impl Flights {
+    pub(crate) fn new(slots: usize, page: usize) -> Self {
+        let slots = (0..slots).map(|_| Flight::default()).collect();
+        Self {
+            gate: Gate::default(),
+            slots,
+            page,
+            rare: parking_lot::Mutex::default(),
+            any_rare: AtomicBool::new(false),
+        }
+    }
+
+    /// Opens a flight over `range` (at most [`MAX_PAGES`] pages) without a hole.
+    ///
+    /// `is_missing` tells whether nothing is mapped at a page; it is asked only about a range
+    /// that was given up a moment ago.
+    pub(crate) fn open(
+        &self,
+        range: Range<usize>,
+        huge: bool,
+        is_missing: impl Fn(usize) -> bool,
+    ) -> Result<FlightId, Refused> {
+        debug_assert!(range.len() <= MAX_PAGES * self.page);
+        let _shared = self.gate.shared();
+        if self.any_rare.load(R) && self.quarantined(&range, is_missing) {
+            return Err(Refused::Quarantined);
+        }
+        for (index, flight) in self.slots.iter().enumerate() {
+            // `start` claims the slot: several conductors hold the gate at once. Acquire pairs
+            // with the release in `close`.
+            let claim =
+                flight.start.compare_exchange(0, range.start, Ordering::Acquire, Ordering::Relaxed);
+            if claim.is_ok() {
+                flight.hole_start.store(range.start, R);
+                flight.hole_end.store(range.start, R);
+                flight.waiters.store(0, R);
+                flight.any_gone.store(false, R);
+                flight.huge.store(huge, R);
+                for word in flight.dirty.iter().chain(&flight.gone) {
+                    word.store(0, R);
+                }
+                flight.end.store(range.end, R);
+                return Ok(FlightId(index));
+            }
+        }
+        Err(Refused::Full)
+    }
+
+    /// From now on `hole` (part of the flight) may be detached. Called before detach begins.
+    pub(crate) fn widen(&self, id: &FlightId, hole: Range<usize>) {
+        let _shared = self.gate.shared();
+        let flight = &self.slots[id.0];
+        flight.hole_start.store(hole.start, R);
+        flight.hole_end.store(hole.end, R);
+    }
+
+    /// Pages of the flight that were written since they were protected. Exact for pages that
+    /// have been detached.
+    pub(crate) fn dirty(&self, id: &FlightId) -> Bits {
+        let _shared = self.gate.shared();
+        std::array::from_fn(|i| self.slots[id.0].dirty[i].load(R))
+    }
+
+    /// Runs `attach` under the gate with the pages that the program has given up meanwhile and
+    /// must not get back (`None` when there are none).
+    pub(crate) fn attach<T>(&self, id: &FlightId, attach: impl FnOnce(Option<&Bits>) -> T) -> T {
+        let _shared = self.gate.shared();
+        let flight = &self.slots[id.0];
+        if !flight.any_gone.load(R) {
+            return attach(None);
+        }
+        let gone = std::array::from_fn(|i| flight.gone[i].load(R));
+        attach(Some(&gone))
+    }
+
+    /// Where the page that belongs at `addr` must be attached: elsewhere after `mremap`.
+    pub(crate) fn home_of(&self, addr: usize) -> usize {
+        if !self.any_rare.load(R) {
+            return addr;
+        }
+        let rare = self.rare.lock();
+        let detour = rare.detours.iter().rev().find(|d| d.from.contains(&addr));
+        detour.map_or(addr, |d| d.to + (addr - d.from.start))
+    }
+
+    /// Whether pages of the flight may have to go elsewhere ([`Flights::home_of`]).
+    pub(crate) fn has_detours(&self) -> bool {
+        self.any_rare.load(R) && !self.rare.lock().detours.is_empty()
+    }
+
+    /// Ends the flight; true if somebody must be woken in its range.
+    pub(crate) fn close(&self, id: FlightId) -> bool {
+        let _shared = self.gate.shared();
+        let flight = &self.slots[id.0];
+        let waiters = flight.waiters.load(R) > 0;
+        flight.end.store(0, R);
+        flight.hole_start.store(0, R);
+        flight.hole_end.store(0, R);
+        // Release: whoever claims the slot next sees it empty.
+        flight.start.store(0, Ordering::Release);
+        waiters
+    }
+
+    /// Ranges to which pages were moved by `mremap` during flights; forgotten when told. Called
+    /// when no flight is open over them.
+    pub(crate) fn take_detours(&self, within: &Range<usize>) -> Vec<Range<usize>> {
+        if !self.any_rare.load(R) {
+            return Vec::new();
+        }
+        let mut rare = self.rare.lock();
+        let mut taken = Vec::new();
+        rare.detours.retain(|d| {
+            let ours = d.from.start < within.end && within.start < d.from.end;
+            if ours {
+                taken.push(d.to..d.to + d.from.len());
+            }
+            !ours
+        });
+        self.any_rare.store(!rare.detours.is_empty() || !rare.quarantines.is_empty(), R);
+        taken
+    }
+
+    fn quarantined(&self, range: &Range<usize>, is_missing: impl Fn(usize) -> bool) -> bool {
+        let mut rare = self.rare.lock();
+        rare.quarantines.retain(|q| q.since.elapsed() < QUARANTINE && !is_missing(q.witness));
+        let hit =
+            rare.quarantines.iter().any(|q| q.range.start < range.end && range.start < q.range.end);
+        self.any_rare.store(!rare.detours.is_empty() || !rare.quarantines.is_empty(), R);
+        hit
+    }
+
+    /// Takes the gate for the handler. Messages are read and acted on while this is held.
+    pub(crate) fn handler(&self) -> Handling<'_> {
+        Handling { _gate: self.gate.exclusive(), flights: self }
+    }
+}
+
+/// The handler's side, with the gate held.
+pub(crate) struct Handling<'a> {
+    _gate: ExclusiveGuard<'a>,
+    flights: &'a Flights,
+}
+
+impl Handling<'_> {
+    /// Marks what the event says. For a fault, the verdict must be carried out before the gate
+    /// is let go. `last_present` tells the last mapped page of a range.
+    pub(crate) fn on(
+        &self,
+        event: Event,
+        last_present: impl Fn(Range<usize>) -> Option<usize>,
+    ) -> Option<(usize, Verdict)> {
+        match event {
+            Event::Fault { addr, protected, .. } => {
+                let page = addr & !(self.flights.page - 1);
+                Some((page, self.fault(page, protected)))
+            }
+            Event::Remove { start, end } => {
+                self.mark_gone(&(start..end));
+                if let Some(witness) = last_present(start..end) {
+                    let since = Instant::now();
+                    let mut rare = self.flights.rare.lock();
+                    rare.quarantines.push(Quarantine { range: start..end, witness, since });
+                    self.flights.any_rare.store(true, R);
+                }
+                None
+            }
+            Event::Unmap { start, end } => {
+                self.mark_gone(&(start..end));
+                None
+            }
+            Event::Remap { from, to, len } => {
+                let mut rare = self.flights.rare.lock();
+                rare.detours.push(Detour { from: from..from + len, to });
+                self.flights.any_rare.store(true, R);
+                None
+            }
+        }
+    }
+
+    fn fault(&self, page: usize, protected: bool) -> Verdict {
+        let home = self.origin_of(page);
+        let flight = self.flights.slots.iter().find(|f| f.range().contains(&home));
+        match flight {
+            Some(flight) if protected && flight.huge.load(R) => {
+                flight.dirty.iter().for_each(|word| word.store(u64::MAX, R));
+                Verdict::UnprotectHuge
+            }
+            Some(flight) if protected => {
+                let index = (home - flight.start.load(R)) / self.flights.page;
+                flight.dirty[index / 64].fetch_or(1 << (index % 64), R);
+                Verdict::Unprotect
+            }
+            Some(flight) if flight.hole().contains(&home) => {
+                flight.waiters.fetch_add(1, R);
+                Verdict::Wait
+            }
+            Some(_) => Verdict::FirstTouch,
+            // Whoever opens a flight protects its pages afterwards, so this undoes nothing.
+            None if protected => Verdict::Unprotect,
+            None => Verdict::FirstTouch,
+        }
+    }
+
+    /// The address that the page at `addr` had before an `mremap` in flight.
+    fn origin_of(&self, addr: usize) -> usize {
+        if !self.flights.any_rare.load(R) {
+            return addr;
+        }
+        let rare = self.flights.rare.lock();
+        let detour =
+            rare.detours.iter().rev().find(|d| (d.to..d.to + d.from.len()).contains(&addr));
+        detour.map_or(addr, |d| d.from.start + (addr - d.to))
+    }
+
+    fn mark_gone(&self, range: &Range<usize>) {
+        for flight in &self.flights.slots {
+            let Some(both) = flight.overlap(range) else { continue };
+            let start = flight.start.load(R);
+            for addr in both.step_by(self.flights.page) {
+                let index = (addr - start) / self.flights.page;
+                flight.gone[index / 64].fetch_or(1 << (index % 64), R);
+            }
+            flight.any_gone.store(true, R);
+        }
+    }
+}
+
+impl Flights {
+    /// Bytes of the table.
+    #[cfg(not(loom))]
+    pub(crate) fn bookkeeping_bytes(&self) -> usize {
+        self.slots.len() * size_of::<Flight>() + size_of::<Self>()
+    }
+}

@@ -1,0 +1,312 @@
+//! From ranges to segments: what is there, of which size, on which node, and in what order it is
+//! moved.
+//!
+//! A [`Segment`] is a run of folios of one size within one 2 MiB block. What the planner knows is
+//! a hint (the program goes on meanwhile); detach finds out exactly. Pages that need not or
+//! cannot move get their outcome here.
+
+use crate::context::Context;
+use crate::flight::MAX_PAGES;
+use crate::report::{Busy, Outcome};
+use crate::tally::Tally;
+use crate::units::{FolioSize, HUGE};
+use pageferry_sys::pagemap::{Categories, Run};
+use std::collections::VecDeque;
+use std::ops::Range;
+
+/// Address space that is looked at in one go.
+const WINDOW: usize = 32 << 20;
+/// Runs that one look returns at most.
+const RUNS: usize = 512;
+/// Tries of a look that fails for a passing reason.
+const TRIES: u32 = 16;
+
+/// Folios that move together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub(crate) range: Range<usize>,
+    pub(crate) size: FolioSize,
+    /// The node they are on, where that was asked.
+    pub(crate) from: Option<u32>,
+    pub(crate) to: u32,
+    /// It was tried before and is tried once more.
+    pub(crate) again: bool,
+}
+
+impl Segment {
+    /// Cuts off what comes after `bytes`.
+    pub(crate) fn split_off(&mut self, bytes: usize) -> Self {
+        let middle = self.range.start + bytes;
+        let rest = Self { range: middle..self.range.end, ..self.clone() };
+        self.range.end = middle;
+        rest
+    }
+}
+
+/// What is to go where.
+#[derive(Clone, Debug)]
+pub(crate) struct Leg {
+    pub(crate) ranges: Vec<Range<usize>>,
+    pub(crate) to: u32,
+}
+
+#[derive(Debug)]
+struct Cursor {
+    leg: Leg,
+    /// Index of the range under way, and the address up to which it was looked at.
+    range: usize,
+    looked: usize,
+    ready: VecDeque<Segment>,
+}
+
+/// Gives out segments until all ranges are done. Legs (there are two in an exchange) take turns,
+/// so that one's old pages are the other's frames.
+#[derive(Debug)]
+pub(crate) struct Planner {
+    cursors: Vec<Cursor>,
+    turn: usize,
+    even_if_there: bool,
+    one_node: bool,
+    runs: Box<[Run; RUNS]>,
+    /// Reused by every query for nodes.
+    pages: Vec<usize>,
+    nodes: Vec<i32>,
+    /// To be tried once more at the end.
+    again: VecDeque<Segment>,
+    returned: VecDeque<Segment>,
+}
+
+impl Planner {
+    pub(crate) fn new(legs: Vec<Leg>, even_if_there: bool, one_node: bool) -> Self {
+        let cursors = legs
+            .into_iter()
+            .map(|leg| {
+                let looked = leg.ranges.first().map_or(0, |r| r.start);
+                Cursor { leg, range: 0, looked, ready: VecDeque::with_capacity(RUNS) }
+            })
+            .collect();
+        Self {
+            cursors,
+            turn: 0,
+            even_if_there,
+            one_node,
+            runs: Box::new([Run::EMPTY; RUNS]),
+            pages: Vec::with_capacity(MAX_PAGES),
+            nodes: Vec::with_capacity(MAX_PAGES),
+            again: VecDeque::new(),
+            returned: VecDeque::new(),
+        }
+    }
+
+    /// The next segment, of at most `limit` bytes (a huge folio always whole).
+    pub(crate) fn next(
+        &mut self,
+        ctx: &Context,
+        limit: usize,
+        tally: &mut Tally,
+    ) -> Option<Segment> {
+        if let Some(segment) = self.returned.pop_front() {
+            return Some(self.cut(segment, limit));
+        }
+        for _ in 0..self.cursors.len() {
+            let turn = self.turn;
+            self.turn = (turn + 1) % self.cursors.len();
+            self.look(ctx, turn, tally);
+            if let Some(segment) = self.cursors[turn].ready.pop_front() {
+                return Some(self.cut_ready(turn, segment, limit));
+            }
+        }
+        let segment = self.again.pop_front()?;
+        Some(self.cut(segment, limit))
+    }
+
+    fn cut(&mut self, mut segment: Segment, limit: usize) -> Segment {
+        if segment.size == FolioSize::Base && segment.range.len() > limit {
+            let rest = segment.split_off(limit);
+            self.returned.push_front(rest);
+        }
+        segment
+    }
+
+    fn cut_ready(&mut self, turn: usize, mut segment: Segment, limit: usize) -> Segment {
+        if segment.size == FolioSize::Base && segment.range.len() > limit {
+            let rest = segment.split_off(limit);
+            self.cursors[turn].ready.push_front(rest);
+        }
+        segment
+    }
+
+    /// Takes back what was not moved yet.
+    pub(crate) fn give_back(&mut self, segment: Segment) {
+        self.returned.push_front(segment);
+    }
+
+    /// Notes segments that stayed for a reason that may pass.
+    pub(crate) fn try_again(&mut self, segments: impl Iterator<Item = Segment>) {
+        self.again.extend(segments.map(|s| Segment { again: true, ..s }));
+    }
+
+    /// Whether nothing is left to give out.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.returned.is_empty()
+            && self.again.is_empty()
+            && self.cursors.iter().all(|c| c.ready.is_empty() && c.range >= c.leg.ranges.len())
+    }
+
+    /// All that was not given out gets `outcome`.
+    pub(crate) fn give_up(&mut self, outcome: Outcome, tally: &mut Tally) {
+        for segment in self.returned.drain(..).chain(self.again.drain(..)) {
+            tally.outcome(segment.range, outcome);
+        }
+        for cursor in &mut self.cursors {
+            for segment in cursor.ready.drain(..) {
+                tally.outcome(segment.range, outcome);
+            }
+            while let Some(range) = cursor.leg.ranges.get(cursor.range) {
+                tally.outcome(cursor.looked.max(range.start)..range.end, outcome);
+                cursor.range += 1;
+                cursor.looked = 0;
+            }
+        }
+    }
+
+    /// Looks ahead until a segment is ready or the leg ends.
+    fn look(&mut self, ctx: &Context, turn: usize, tally: &mut Tally) {
+        while self.cursors[turn].ready.is_empty() {
+            let cursor = &mut self.cursors[turn];
+            let Some(range) = cursor.leg.ranges.get(cursor.range).cloned() else { return };
+            let start = cursor.looked.max(range.start);
+            if start >= range.end {
+                cursor.range += 1;
+                cursor.looked = 0;
+                continue;
+            }
+            // Windows end at block boundaries, so that no huge page is seen in part.
+            let end = ((start + WINDOW) & !(HUGE - 1)).min(range.end);
+            let ended = self.look_at(ctx, turn, start..end, tally);
+            self.cursors[turn].looked = ended;
+        }
+    }
+
+    fn look_at(
+        &mut self,
+        ctx: &Context,
+        turn: usize,
+        window: Range<usize>,
+        tally: &mut Tally,
+    ) -> usize {
+        let there = Categories::PRESENT | Categories::SWAPPED;
+        let mut tries = 0;
+        let (count, mut ended) = loop {
+            let (start, end) = (window.start, window.end);
+            match ctx.sys.scan(
+                &ctx.pagemap,
+                start,
+                end,
+                there,
+                Categories::all(),
+                &mut self.runs[..],
+            ) {
+                Ok((count, ended)) => break (count, ended),
+                Err(_) if tries < TRIES => {
+                    crate::berth::back_off(tries);
+                    tries += 1;
+                }
+                Err(errno) => {
+                    tally.outcome(window.clone(), Outcome::Busy(Busy::Other(errno.0)));
+                    return window.end;
+                }
+            }
+        };
+        // A full buffer may have cut a run short: look again from the start of its block.
+        if ended < window.end {
+            let block = ended & !(HUGE - 1);
+            if block > window.start {
+                ended = block;
+            }
+        }
+        let mut at = window.start;
+        for i in 0..count {
+            let run = self.runs[i];
+            let clip = |v: u64| usize::try_from(v).unwrap_or(usize::MAX).clamp(at, ended);
+            let range = clip(run.start)..clip(run.end);
+            if range.is_empty() {
+                continue;
+            }
+            tally.outcome(at..range.start, Outcome::NotPresent);
+            at = range.end;
+            self.add_run(ctx, turn, range, run.categories(), tally);
+        }
+        tally.outcome(at..ended, Outcome::NotPresent);
+        ended
+    }
+
+    fn add_run(
+        &mut self,
+        ctx: &Context,
+        turn: usize,
+        run: Range<usize>,
+        is: Categories,
+        tally: &mut Tally,
+    ) {
+        // The zero page is nobody's, and a guard marker no page.
+        if is.intersects(Categories::PFN_ZERO | Categories::GUARD) {
+            return tally.outcome(run, Outcome::NotPresent);
+        }
+        if is.contains(Categories::FILE) {
+            return tally.outcome(run, Outcome::Busy(Busy::Mapping));
+        }
+        let size = if is.contains(Categories::HUGE) { FolioSize::Huge } else { FolioSize::Base };
+        let mut start = run.start;
+        while start < run.end {
+            let end = ((start & !(HUGE - 1)) + HUGE).min(run.end);
+            let piece = start..end;
+            start = end;
+            if size == FolioSize::Huge && piece.len() < HUGE {
+                tally.outcome(piece, Outcome::Busy(Busy::PartOfHuge));
+            } else {
+                self.add_piece(ctx, turn, piece, size, tally);
+            }
+        }
+    }
+
+    fn add_piece(
+        &mut self,
+        ctx: &Context,
+        turn: usize,
+        piece: Range<usize>,
+        size: FolioSize,
+        tally: &mut Tally,
+    ) {
+        let to = self.cursors[turn].leg.to;
+        if self.one_node {
+            if !self.even_if_there {
+                return tally.outcome(piece, Outcome::AlreadyThere);
+            }
+            let segment = Segment { range: piece, size, from: Some(to), to, again: false };
+            return self.cursors[turn].ready.push_back(segment);
+        }
+        let step = size.bytes();
+        self.pages.clear();
+        self.pages.extend(piece.step_by(step));
+        self.nodes.clear();
+        self.nodes.resize(self.pages.len(), -1);
+        // Without an answer the pages are moved as if they were elsewhere.
+        let known = ctx.sys.page_nodes(&self.pages, &mut self.nodes).is_ok();
+        let mut i = 0;
+        while i < self.pages.len() {
+            let node = self.nodes[i];
+            let same = self.nodes[i..].iter().take_while(|n| **n == node).count();
+            let range = self.pages[i]..self.pages[i] + same * step;
+            i += same;
+            // No node: swapped out, or given back since; detach will tell.
+            let from = if known { u32::try_from(node).ok() } else { None };
+            if from == Some(to) && !self.even_if_there {
+                tally.outcome(range, Outcome::AlreadyThere);
+            } else {
+                let segment = Segment { range, size, from, to, again: false };
+                self.cursors[turn].ready.push_back(segment);
+            }
+        }
+    }
+}

@@ -1,0 +1,559 @@
+//! Frames: populated spare pages on a known node, and empty slots for pages that were taken out.
+//!
+//! For each node and folio size there is an *arena* of address space, cut into *extents* of
+//! 2 MiB. An extent holds one huge frame, up to 512 base frames, or nothing. A transaction takes
+//! one extent of frames (on the destination) and one empty extent (of the source node); it moves
+//! the old pages into the empty one and the frames out of the other, so that afterwards they have
+//! changed places and nothing was allocated or freed.
+//!
+//! What always holds:
+//! - An [`Extent`] has one owner: the pool, or the transaction that took it.
+//! - A frame is on its node: arenas *prefer* their node (a strict binding would call the OOM
+//!   killer when it is full) and every fresh frame is looked up; what landed elsewhere is given
+//!   back and reported as a shortage.
+//! - `extra`, the memory that the engine has beyond what the program would use, never exceeds the
+//!   budget: it grows only by populating and shrinks only by freeing. Detach and attach exchange
+//!   pages one for one.
+//! - A detached page rests for the grace period before it carries other data: a reader that holds
+//!   a plain reference (`FOLL_GET`, e.g. `process_vm_readv(2)`) is not noticed by `UFFDIO_MOVE`.
+//! - Extents of huge frames never keep a page table of their own: the kernel moves a huge page
+//!   whole only into an empty page-middle entry. One that was split is mapped anew.
+
+use crate::report::Shortage;
+use crate::units::{FolioSize, HUGE};
+use pageferry_sys::mm::Advice;
+use pageferry_sys::pagemap::{Categories, Pagemap, Run};
+use pageferry_sys::uffd::{Modes, Uffd};
+use pageferry_sys::{Errno, Sys, cgroup};
+use parking_lot::Mutex;
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Extents in flight at most, beyond those of the budget.
+const IN_FLIGHT: usize = 128;
+
+/// 2 MiB of pool address space. Pages `lo..hi` are populated, unless `mixed`.
+#[derive(Debug)]
+pub(crate) struct Extent {
+    pub(crate) addr: usize,
+    pub(crate) node: u32,
+    pub(crate) size: FolioSize,
+    /// First page still populated (frames are used up from here).
+    pub(crate) lo: usize,
+    /// One past the last populated page (an empty extent is filled from here).
+    pub(crate) hi: usize,
+    /// Pages populated, gaps considered.
+    pub(crate) populated: usize,
+    /// There are gaps: it is emptied before it is used again.
+    pub(crate) mixed: bool,
+    /// Huge extents: it was split, or holds base pages, and must be mapped anew.
+    pub(crate) split: bool,
+    /// A device may still write to it: it is never used or freed again.
+    pub(crate) lost: bool,
+    rested: Instant,
+}
+
+impl Extent {
+    pub(crate) fn page(&self, index: usize) -> usize {
+        self.addr + index * pageferry_sys::page_size()
+    }
+    /// Pages not yet filled.
+    pub(crate) fn room(&self) -> usize {
+        pages_per_extent() - self.hi
+    }
+    /// Frames not yet used.
+    pub(crate) fn frames(&self) -> usize {
+        self.hi - self.lo
+    }
+}
+
+pub(crate) fn pages_per_extent() -> usize {
+    HUGE / pageferry_sys::page_size()
+}
+
+#[derive(Debug)]
+struct Arena {
+    node: u32,
+    size: FolioSize,
+    start: usize,
+    len: usize,
+    state: Mutex<ArenaState>,
+}
+
+#[derive(Debug, Default)]
+struct ArenaState {
+    /// Empty extents, by address.
+    empty: Vec<usize>,
+    /// Populated extents, the longest rested first.
+    rested: VecDeque<Extent>,
+}
+
+/// The state of one pool, for [`crate::Stats`].
+#[derive(Clone, Debug, Serialize)]
+pub struct PoolStats {
+    /// Node of the frames.
+    pub node: u32,
+    /// Their size.
+    pub folio: FolioSize,
+    /// Bytes of frames at rest.
+    pub populated_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Allowance {
+    until: Instant,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct PoolConfig {
+    pub(crate) budget: usize,
+    pub(crate) grace: Duration,
+    /// Nodes with memory; with only one, frames cannot be misplaced.
+    pub(crate) nodes: Vec<u32>,
+}
+
+/// All pools of an engine.
+#[derive(Debug)]
+pub(crate) struct Pools {
+    sys: Arc<dyn Sys>,
+    pub(crate) uffd: Uffd,
+    pagemap: Pagemap,
+    config: PoolConfig,
+    arenas: Mutex<Vec<Arc<Arena>>>,
+    /// Bytes populated by the engine and not yet freed.
+    extra: AtomicUsize,
+    pid: u32,
+    /// A device may still write to a frame: the arenas are never unmapped.
+    lost: AtomicBool,
+    /// What the cgroup was last seen to allow, so that it need not be asked each time.
+    allowance: Mutex<Allowance>,
+    /// Frames taken fresh since the refill thread last looked, by arena order; it refills what
+    /// is in demand.
+    pub(crate) fresh_frames: AtomicU64,
+}
+
+/// Whether frames may be reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    Any,
+    FreshOnly,
+}
+
+impl Pools {
+    pub(crate) fn new(sys: Arc<dyn Sys>, uffd: Uffd, config: PoolConfig) -> Result<Self, Errno> {
+        Ok(Self {
+            sys,
+            uffd,
+            pagemap: Pagemap::open()?,
+            config,
+            arenas: Mutex::default(),
+            extra: AtomicUsize::new(0),
+            pid: std::process::id(),
+            lost: AtomicBool::new(false),
+            allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
+            fresh_frames: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn budget(&self) -> usize {
+        self.config.budget
+    }
+
+    pub(crate) fn extra_bytes(&self) -> usize {
+        self.extra.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of bookkeeping, without the frames.
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        let arenas = self.arenas.lock();
+        arenas
+            .iter()
+            .map(|a| {
+                let s = a.state.lock();
+                s.empty.capacity() * size_of::<usize>()
+                    + s.rested.capacity() * size_of::<Extent>()
+                    + size_of::<Arena>()
+            })
+            .sum()
+    }
+
+    pub(crate) fn stats(&self) -> Vec<PoolStats> {
+        let arenas = self.arenas.lock();
+        arenas
+            .iter()
+            .map(|a| PoolStats {
+                node: a.node,
+                folio: a.size,
+                populated_bytes: a.state.lock().rested.iter().map(|e| e.populated).sum::<usize>()
+                    * pageferry_sys::page_size(),
+            })
+            .collect()
+    }
+
+    fn arena(&self, node: u32, size: FolioSize) -> Result<Arc<Arena>, Shortage> {
+        let mut arenas = self.arenas.lock();
+        if let Some(arena) = arenas.iter().find(|a| a.node == node && a.size == size) {
+            return Ok(Arc::clone(arena));
+        }
+        let extents = self.config.budget / HUGE * 2 + IN_FLIGHT;
+        let len = extents * HUGE;
+        let start = self.sys.map(len, HUGE).map_err(|_| Shortage::Memory)?;
+        if self.prepare(start, len, node, size).is_err() {
+            // SAFETY: mapped above and known to nobody else.
+            let _ = unsafe { self.sys.unmap(start, len) };
+            return Err(Shortage::Memory);
+        }
+        let empty = (0..extents).rev().map(|i| start + i * HUGE).collect();
+        let state = Mutex::new(ArenaState { empty, rested: VecDeque::with_capacity(extents) });
+        let arena = Arc::new(Arena { node, size, start, len, state });
+        arenas.push(Arc::clone(&arena));
+        Ok(arena)
+    }
+
+    /// Advice, policy and registration of new pool address space.
+    fn prepare(&self, start: usize, len: usize, node: u32, size: FolioSize) -> Result<(), Errno> {
+        let folios = match size {
+            FolioSize::Base => Advice::NoHugePage,
+            FolioSize::Huge => Advice::HugePage,
+        };
+        // SAFETY: the range belongs to this pool and holds nothing; none of the advice drops it.
+        unsafe {
+            // A kernel without huge pages knows neither advice, and needs none.
+            let _ = self.sys.advise(start, len, folios);
+            self.sys.advise(start, len, Advice::DontFork)?;
+            let _ = self.sys.advise(start, len, Advice::DontDump);
+        }
+        if self.config.nodes.len() > 1 {
+            self.sys.prefer_node(start, len, node)?;
+        }
+        self.sys.register(&self.uffd, start, len, Modes::WP)
+    }
+
+    /// An extent to take pages of `node` out to.
+    pub(crate) fn take_empty(&self, node: u32, size: FolioSize) -> Result<Extent, Shortage> {
+        let arena = self.arena(node, size)?;
+        let mut state = arena.state.lock();
+        let addr = match state.empty.pop() {
+            Some(addr) => addr,
+            None => {
+                // All address space holds frames: empty the one that rested longest.
+                let mut extent = state.rested.pop_front().ok_or(Shortage::Budget)?;
+                drop(state);
+                self.empty(&mut extent).map_err(|_| Shortage::Memory)?;
+                extent.addr
+            }
+        };
+        Ok(Extent {
+            addr,
+            node,
+            size,
+            lo: 0,
+            hi: 0,
+            populated: 0,
+            mixed: false,
+            split: false,
+            lost: false,
+            rested: Instant::now(),
+        })
+    }
+
+    /// An extent with at least one frame on `node`; fresh ones are made for up to `want` pages.
+    pub(crate) fn take_frames(
+        &self,
+        node: u32,
+        size: FolioSize,
+        want: usize,
+        source: Source,
+    ) -> Result<Extent, Shortage> {
+        if source == Source::Any
+            && let Some(extent) = self.take_rested(node, size, self.config.grace)?
+        {
+            return Ok(extent);
+        }
+        match self.fresh(node, size, want) {
+            Ok(extent) => Ok(extent),
+            // Rather wait out the grace period of a frame at rest than fail.
+            Err(shortage) if source == Source::Any => {
+                match self.take_rested(node, size, Duration::ZERO)? {
+                    Some(extent) => {
+                        std::thread::sleep(
+                            self.config.grace.saturating_sub(extent.rested.elapsed()),
+                        );
+                        Ok(extent)
+                    }
+                    None => Err(shortage),
+                }
+            }
+            Err(shortage) => Err(shortage),
+        }
+    }
+
+    fn take_rested(
+        &self,
+        node: u32,
+        size: FolioSize,
+        grace: Duration,
+    ) -> Result<Option<Extent>, Shortage> {
+        let arena = self.arena(node, size)?;
+        let mut state = arena.state.lock();
+        let ready = state.rested.front().is_some_and(|e| e.rested.elapsed() >= grace);
+        Ok(if ready { state.rested.pop_front() } else { None })
+    }
+
+    fn fresh(&self, node: u32, size: FolioSize, want: usize) -> Result<Extent, Shortage> {
+        let pages = match size {
+            FolioSize::Base => want.clamp(1, pages_per_extent()),
+            FolioSize::Huge => pages_per_extent(),
+        };
+        let bytes = pages * pageferry_sys::page_size();
+        self.claim(bytes)?;
+        let result = self.populate(node, size, pages);
+        let kept = result.as_ref().map_or(0, |e| e.populated * pageferry_sys::page_size());
+        self.extra.fetch_sub(bytes - kept, Ordering::Relaxed);
+        self.fresh_frames.fetch_add(kept as u64, Ordering::Relaxed);
+        result
+    }
+
+    /// Claims part of the budget; frees frames at rest in any pool if that helps.
+    fn claim(&self, bytes: usize) -> Result<(), Shortage> {
+        // A cgroup that is full would be served by its OOM killer, not by an error.
+        if !self.allowed(bytes as u64) {
+            return Err(Shortage::Memory);
+        }
+        loop {
+            let claimed = self.extra.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |extra| {
+                (extra + bytes <= self.config.budget).then_some(extra + bytes)
+            });
+            if claimed.is_ok() {
+                return Ok(());
+            }
+            if !self.free_one_rested() {
+                return Err(Shortage::Budget);
+            }
+        }
+    }
+
+    /// Whether the memory cgroup has room. Reading that takes a dozen files, so an answer is good
+    /// for half of the room that it found, and for a tenth of a second.
+    fn allowed(&self, bytes: u64) -> bool {
+        let mut allowance = self.allowance.lock();
+        if allowance.bytes < bytes || allowance.until < Instant::now() {
+            let room = cgroup::headroom().map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
+            if room < bytes {
+                return false;
+            }
+            *allowance = Allowance {
+                until: Instant::now() + Duration::from_millis(100),
+                bytes: (room / 2).max(bytes),
+            };
+        }
+        allowance.bytes -= bytes;
+        true
+    }
+
+    /// Pages came in without a frame going out.
+    pub(crate) fn gained(&self, pages: usize) {
+        self.extra.fetch_add(pages * pageferry_sys::page_size(), Ordering::Relaxed);
+    }
+
+    /// A frame was lost to a device: see [`Extent::lost`].
+    pub(crate) fn note_lost(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    fn free_one_rested(&self) -> bool {
+        let arenas: Vec<_> = self.arenas.lock().clone();
+        for arena in arenas {
+            let oldest = arena.state.lock().rested.pop_front();
+            if let Some(extent) = oldest {
+                self.free(extent);
+                return true;
+            }
+        }
+        false
+    }
+
+    fn populate(&self, node: u32, size: FolioSize, pages: usize) -> Result<Extent, Shortage> {
+        let mut extent = self.take_empty(node, size)?;
+        let len = pages * pageferry_sys::page_size();
+        // SAFETY: the extent is ours and empty; populating gives it zero pages.
+        let populated = unsafe { self.sys.advise(extent.addr, len, Advice::PopulateWrite) };
+        extent.hi = pages;
+        extent.populated = pages;
+        let good = match populated {
+            Err(_) => Err(Shortage::Memory),
+            Ok(()) if size == FolioSize::Huge && !self.is_huge(extent.addr) => {
+                extent.split = true;
+                Err(Shortage::Huge)
+            }
+            Ok(()) => self.on_node(&extent),
+        };
+        match good {
+            Ok(n) if n == pages => Ok(extent),
+            Ok(n) if n > 0 && size == FolioSize::Base => {
+                let (start, rest) = (extent.page(n), len - n * pageferry_sys::page_size());
+                // SAFETY: frames of ours that hold nothing yet.
+                if unsafe { self.sys.advise(start, rest, Advice::DontNeed) }.is_err() {
+                    self.drop_fresh(extent);
+                    return Err(Shortage::Node);
+                }
+                extent.hi = n;
+                extent.populated = n;
+                Ok(extent)
+            }
+            Ok(_) => {
+                self.drop_fresh(extent);
+                Err(Shortage::Node)
+            }
+            Err(shortage) => {
+                self.drop_fresh(extent);
+                Err(shortage)
+            }
+        }
+    }
+
+    /// Frees an extent whose budget the caller still holds.
+    fn drop_fresh(&self, mut extent: Extent) {
+        if self.empty_uncounted(&mut extent).is_ok() {
+            self.shelve(extent);
+        }
+    }
+
+    /// How many of the extent's first pages are on its node.
+    fn on_node(&self, extent: &Extent) -> Result<usize, Shortage> {
+        if self.config.nodes.len() < 2 {
+            return Ok(extent.hi);
+        }
+        let step = if extent.size == FolioSize::Huge { pages_per_extent() } else { 1 };
+        let pages: Vec<usize> = (0..extent.hi).step_by(step).map(|i| extent.page(i)).collect();
+        let mut status = vec![-1; pages.len()];
+        self.sys.page_nodes(&pages, &mut status).map_err(|_| Shortage::Node)?;
+        let node = i32::try_from(extent.node).unwrap_or(i32::MAX);
+        Ok(status.iter().take_while(|&&s| s == node).count() * step)
+    }
+
+    /// Whether one huge page stands at `addr`.
+    pub(crate) fn is_huge(&self, addr: usize) -> bool {
+        let mut runs = [Run::EMPTY; 1];
+        let want = Categories::HUGE;
+        let found = self.sys.scan(&self.pagemap, addr, addr + HUGE, want, want, &mut runs);
+        matches!(found, Ok((1, _))) && runs[0].end - runs[0].start == HUGE as u64
+    }
+
+    /// Gives an extent back. Its frames are kept for the next transaction if `keep` and the
+    /// budget allow, else freed.
+    pub(crate) fn put(&self, extent: Extent, keep: bool) {
+        if extent.lost {
+            return;
+        }
+        let over = self.extra_bytes() > self.config.budget;
+        let frames = extent.frames();
+        let whole = extent.size == FolioSize::Base || frames == pages_per_extent();
+        if frames == 0 && extent.populated == 0 && !extent.split {
+            self.shelve(extent);
+        } else if keep && !over && !extent.mixed && !extent.split && whole {
+            let mut extent = extent;
+            extent.rested = Instant::now();
+            if let Ok(arena) = self.arena(extent.node, extent.size) {
+                arena.state.lock().rested.push_back(extent);
+            }
+        } else {
+            self.free(extent);
+        }
+    }
+
+    fn free(&self, mut extent: Extent) {
+        if self.empty(&mut extent).is_ok() {
+            self.shelve(extent);
+        }
+        // Else its address space and its share of the budget stay occupied: it still holds
+        // memory.
+    }
+
+    fn shelve(&self, extent: Extent) {
+        if let Ok(arena) = self.arena(extent.node, extent.size) {
+            arena.state.lock().empty.push(extent.addr);
+        }
+    }
+
+    fn empty(&self, extent: &mut Extent) -> Result<(), Errno> {
+        let bytes = extent.populated * pageferry_sys::page_size();
+        self.empty_uncounted(extent)?;
+        self.extra.fetch_sub(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn empty_uncounted(&self, extent: &mut Extent) -> Result<(), Errno> {
+        let mut tries = 0;
+        loop {
+            // SAFETY: the extent is owned, and nothing in it is wanted any more.
+            let result = unsafe {
+                if extent.split {
+                    self.sys
+                        .map_over(extent.addr, HUGE)
+                        .and_then(|()| self.prepare(extent.addr, HUGE, extent.node, extent.size))
+                } else {
+                    self.sys.advise(extent.addr, HUGE, Advice::DontNeed)
+                }
+            };
+            match result {
+                Ok(()) => break,
+                Err(e) if tries == 8 => return Err(e),
+                Err(_) => tries += 1,
+            }
+        }
+        extent.lo = 0;
+        extent.hi = 0;
+        extent.populated = 0;
+        extent.mixed = false;
+        extent.split = false;
+        Ok(())
+    }
+
+    /// Frees all frames at rest; returns bytes.
+    pub(crate) fn release_all(&self) -> usize {
+        let before = self.extra_bytes();
+        let arenas: Vec<_> = self.arenas.lock().clone();
+        for arena in &arenas {
+            loop {
+                let oldest = arena.state.lock().rested.pop_front();
+                let Some(extent) = oldest else { break };
+                self.free(extent);
+            }
+        }
+        before.saturating_sub(self.extra_bytes())
+    }
+
+    /// Brings the frames at rest of those pools that were used fresh lately up to `high` bytes,
+    /// where they are below `low`.
+    pub(crate) fn refill(&self, demand: (u32, FolioSize), low: usize, high: usize) {
+        let Ok(arena) = self.arena(demand.0, demand.1) else { return };
+        let page = pageferry_sys::page_size();
+        let mut have = arena.state.lock().rested.iter().map(|e| e.populated * page).sum::<usize>();
+        if have >= low {
+            return;
+        }
+        while have < high {
+            let Ok(extent) = self.fresh(demand.0, demand.1, pages_per_extent()) else { return };
+            have += extent.populated * page;
+            self.put(extent, true);
+        }
+    }
+}
+
+impl Drop for Pools {
+    fn drop(&mut self) {
+        // A forked child does not have the pools; what is mapped there is its own.
+        if *self.lost.get_mut() || self.pid != std::process::id() {
+            return;
+        }
+        for arena in self.arenas.get_mut().drain(..) {
+            // SAFETY: the engine is going: no transaction holds an extent, and no device.
+            let _ = unsafe { self.sys.unmap(arena.start, arena.len) };
+        }
+    }
+}

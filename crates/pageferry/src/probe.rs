@@ -1,0 +1,61 @@
+//! What is found out by trying, when an engine is built.
+
+use crate::context::Context;
+use crate::error::BuildError;
+use pageferry_copy::cpu::calibrate::{CalibrateOptions, calibrate};
+use pageferry_copy::{Kernel, WorkerPool};
+use pageferry_sys::mm::Advice;
+use pageferry_sys::pagemap::Entry;
+use pageferry_sys::uffd::Modes;
+use pageferry_sys::{Errno, page_size};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// The copy kernel that measures best on this machine with the threads there are.
+pub(crate) fn best_kernel(workers: &Arc<WorkerPool>) -> Result<Kernel, BuildError> {
+    let measured = calibrate(&CalibrateOptions::default(), workers)
+        .map_err(|e| BuildError::Threads(e.to_string()))?;
+    Ok(if workers.helpers() == 0 { measured.one } else { measured.all })
+}
+
+/// Moves one protected page, to see that this kernel can, and whether the page's protection goes
+/// with it. (Until Linux 7.0 it does not; a later fix, sent to stable kernels too, keeps it.)
+pub(crate) fn what_move_does(ctx: &Context) -> Result<(), BuildError> {
+    let page = page_size();
+    let resource = |source| BuildError::Resource { what: "two pages to try UFFDIO_MOVE", source };
+    let start = ctx.sys.map(2 * page, page).map_err(resource)?;
+    let tried = try_move(ctx, start, page);
+    // SAFETY: mapped above, known to nobody else; unmapping also unregisters.
+    let _ = unsafe { ctx.sys.unmap(start, 2 * page) };
+    let keeps = tried.map_err(BuildError::KernelTooOld)?;
+    ctx.move_keeps_protection.store(keeps, Ordering::Relaxed);
+    Ok(())
+}
+
+fn try_move(ctx: &Context, start: usize, page: usize) -> Result<bool, Errno> {
+    let (sys, fd) = (&ctx.sys, &ctx.pools.uffd);
+    // SAFETY: the range is this function's own.
+    unsafe {
+        sys.advise(start, 2 * page, Advice::NoHugePage).or_else(|e| match e {
+            Errno(libc::EINVAL) => Ok(()), // a kernel without huge pages
+            e => Err(e),
+        })?;
+        sys.advise(start, page, Advice::PopulateWrite)?;
+    }
+    sys.register(fd, start, 2 * page, Modes::WP)?;
+    sys.protect(fd, start, page)?;
+    for _ in 0..64 {
+        // SAFETY: both pages are this function's own.
+        let moved = unsafe { sys.move_range(fd, start + page, start, page) };
+        match moved.error {
+            None => {
+                let mut entry = [Entry(0)];
+                ctx.pagemap.entries(start + page, &mut entry)?;
+                return Ok(entry[0].write_protected());
+            }
+            Some(Errno(libc::EAGAIN)) => std::thread::yield_now(),
+            Some(errno) => return Err(errno),
+        }
+    }
+    Err(Errno(libc::EAGAIN))
+}

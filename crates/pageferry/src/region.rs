@@ -1,0 +1,263 @@
+//! Memory under management.
+//!
+//! Between moves a region is ordinary memory: nothing is registered, first touches, `madvise`,
+//! `munmap` and `fork` cost what they always cost. Only while a move runs are the 2 MiB blocks
+//! that it touches watched by the engine's userfaultfd.
+
+use crate::engine::Engine;
+use crate::error::RegionError;
+use crate::request::Part;
+use crate::units::{FolioSize, HUGE};
+use pageferry_sys::mm::Advice;
+use pageferry_sys::pagemap::{Categories, Run};
+use pageferry_sys::{Errno, page_size};
+use pageferry_topology::NodeId;
+use serde::Serialize;
+use std::ops::Range;
+
+/// Which folios a region is to have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Folios {
+    /// Base pages only.
+    Base,
+    /// Huge pages where the kernel has them, base pages elsewhere.
+    Huge,
+    /// What the system's setting gives; parts can be advised differently.
+    #[default]
+    Mixed,
+}
+
+/// Whether devices may be given direct access to a region's pages (`FOLL_PIN`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum IoPins {
+    /// They may: `O_DIRECT`, io_uring fixed buffers, RDMA, VFIO. A device can then write to a page
+    /// without a fault, so live order compares every copy with its original before it is used.
+    #[default]
+    Possible,
+    /// Never. Live order needs no comparison. If a device is nevertheless given a page for
+    /// writing before a live move begins, and it is done before the page is moved, what it wrote
+    /// can be lost.
+    Never,
+}
+
+/// Bytes of a region on one node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Residency {
+    /// The node.
+    pub node: NodeId,
+    /// The folio size.
+    pub folio: FolioSize,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// Options of a new region.
+#[derive(Debug)]
+#[must_use]
+pub struct RegionBuilder {
+    engine: Engine,
+    bytes: usize,
+    folios: Folios,
+    prefer: Option<NodeId>,
+    io_pins: IoPins,
+}
+
+impl RegionBuilder {
+    pub(crate) fn new(engine: Engine, bytes: usize) -> Self {
+        Self { engine, bytes, folios: Folios::default(), prefer: None, io_pins: IoPins::default() }
+    }
+
+    /// Which folios it is to have.
+    pub fn folios(mut self, folios: Folios) -> Self {
+        self.folios = folios;
+        self
+    }
+
+    /// The node on which first touches are placed while it has memory.
+    pub fn prefer(mut self, node: NodeId) -> Self {
+        self.prefer = Some(node);
+        self
+    }
+
+    /// Whether devices may be given direct access.
+    pub fn io_pins(mut self, pins: IoPins) -> Self {
+        self.io_pins = pins;
+        self
+    }
+
+    /// Maps the region. It begins at a multiple of 2 MiB and is all zeros.
+    ///
+    /// # Errors
+    /// [`RegionError`].
+    pub fn build(self) -> Result<Region, RegionError> {
+        let len = self.bytes.checked_next_multiple_of(page_size()).unwrap_or(0);
+        if len == 0 || len > 1 << 46 {
+            return Err(RegionError::Size(self.bytes));
+        }
+        if let Some(node) = self.prefer {
+            self.engine.machine().memory_node(node)?;
+        }
+        let sys = &self.engine.inner.ctx.sys;
+        let kernel = |what| move |source: Errno| RegionError::Kernel { what, source };
+        let start = sys.map(len, HUGE).map_err(kernel("mapping the region"))?;
+        let region =
+            Region { engine: self.engine.clone(), start, len, io_pins: self.io_pins, owned: true };
+        if let Some(node) = self.prefer {
+            sys.prefer_node(start, len, node.get()).map_err(kernel("setting its memory policy"))?;
+        }
+        region.advise(0..len, self.folios)?;
+        Ok(region)
+    }
+}
+
+/// Memory under management. Dropped, it ends the moves on it and is unmapped (an adopted one is
+/// left as it is).
+#[derive(Debug)]
+pub struct Region {
+    pub(crate) engine: Engine,
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    pub(crate) io_pins: IoPins,
+    owned: bool,
+}
+
+impl Region {
+    pub(crate) fn adopt(
+        engine: Engine,
+        start: usize,
+        len: usize,
+        io_pins: IoPins,
+    ) -> Result<Self, RegionError> {
+        let Some(end) = start.checked_add(len).filter(|_| len > 0) else {
+            return Err(RegionError::Size(len));
+        };
+        if !start.is_multiple_of(page_size()) || !len.is_multiple_of(page_size()) {
+            return Err(RegionError::Unaligned(start..end));
+        }
+        Ok(Self { engine, start, len, io_pins, owned: false })
+    }
+
+    /// Its first byte. What is behind it moves, the address does not.
+    pub fn as_ptr(&self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.start)
+    }
+
+    /// Its first address.
+    pub fn addr(&self) -> usize {
+        self.start
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Its addresses.
+    pub fn addresses(&self) -> Range<usize> {
+        self.start..self.start + self.len
+    }
+
+    /// All of it, to go to `node`.
+    pub fn to(&self, node: NodeId) -> Part {
+        Part::new(self, node)
+    }
+
+    fn within(&self, range: &Range<usize>) -> Result<(), RegionError> {
+        if range.start > range.end || range.end > self.len {
+            return Err(RegionError::Foreign { given: range.clone(), len: self.len });
+        }
+        Ok(())
+    }
+
+    /// Advises which folios a part of it (bytes from its start) is to have from now on.
+    ///
+    /// # Errors
+    /// [`RegionError::Foreign`], or what `madvise(2)` says.
+    pub fn advise(&self, range: Range<usize>, folios: Folios) -> Result<(), RegionError> {
+        self.within(&range)?;
+        let advice = match folios {
+            Folios::Base => Advice::NoHugePage,
+            Folios::Huge => Advice::HugePage,
+            Folios::Mixed => return Ok(()),
+        };
+        let sys = &self.engine.inner.ctx.sys;
+        // SAFETY: the range is the region's, and this advice drops nothing.
+        let done = unsafe { sys.advise(self.start + range.start, range.len(), advice) };
+        match done {
+            // A kernel without huge pages knows neither advice, and gives base pages.
+            Ok(()) | Err(Errno(libc::EINVAL)) => Ok(()),
+            Err(source) => Err(RegionError::Kernel { what: "madvise", source }),
+        }
+    }
+
+    /// Where its pages are now, by node and folio size. A look in passing: a move or the kernel
+    /// may change it meanwhile.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn residency(&self) -> Result<Vec<Residency>, RegionError> {
+        let ctx = &self.engine.inner.ctx;
+        let kernel = |what| move |source: Errno| RegionError::Kernel { what, source };
+        let mut found: Vec<Residency> = Vec::new();
+        let mut runs = [Run::EMPTY; 256];
+        let (want, end) = (Categories::PRESENT, self.start + self.len);
+        let mut at = self.start;
+        let (mut pages, mut nodes) = (Vec::new(), Vec::new());
+        while at < end {
+            let keep = want | Categories::HUGE | Categories::PFN_ZERO;
+            let (count, ended) = ctx
+                .sys
+                .scan(&ctx.pagemap, at, end, want, keep, &mut runs)
+                .map_err(kernel("scanning the page table"))?;
+            for run in &runs[..count] {
+                if run.categories().contains(Categories::PFN_ZERO) {
+                    continue;
+                }
+                let is_huge = run.categories().contains(Categories::HUGE);
+                let folio = if is_huge { FolioSize::Huge } else { FolioSize::Base };
+                let address = |v: u64| usize::try_from(v).unwrap_or(end).min(end);
+                pages.clear();
+                pages.extend((address(run.start)..address(run.end)).step_by(folio.bytes()));
+                nodes.clear();
+                nodes.resize(pages.len(), -1);
+                if let Some(only) = self.engine.only_node() {
+                    nodes.fill(i32::try_from(only.get()).unwrap_or(-1));
+                } else {
+                    ctx.sys.page_nodes(&pages, &mut nodes).map_err(kernel("asking for nodes"))?;
+                }
+                for node in nodes.iter().filter_map(|n| u32::try_from(*n).ok()) {
+                    let node = NodeId::new(node);
+                    let bytes = folio.bytes() as u64;
+                    match found.iter_mut().find(|r| r.node == node && r.folio == folio) {
+                        Some(residency) => residency.bytes += bytes,
+                        None => found.push(Residency { node, folio, bytes }),
+                    }
+                }
+            }
+            if ended <= at {
+                break;
+            }
+            at = ended;
+        }
+        found.sort_by_key(|r| (r.node, r.folio == FolioSize::Huge));
+        Ok(found)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        let inner = &self.engine.inner;
+        if inner.is_at_home() {
+            inner.clear_range(&self.addresses());
+        }
+        if self.owned {
+            // SAFETY: the region is the only one that hands out this memory, nobody moves it any
+            // more, and its user gives it up by dropping it.
+            let unmapped = unsafe { inner.ctx.sys.unmap(self.start, self.len) };
+            if let Err(errno) = unmapped {
+                tracing::warn!(%errno, start = self.start, "a region could not be unmapped");
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! What the integration tests share: an engine or the reason why there is none, words in managed
+//! memory, and racing readers and writers that verify every word.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+
+use pageferry::{Engine, EngineBuilder, Region};
+use pageferry_sys::page_size;
+use pageferry_sys::pagemap::{Entry, Pagemap};
+use pageferry_topology::NodeId;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+/// An engine, full rights; prints why the test is skipped where there are none.
+pub fn engine() -> Option<Engine> {
+    build(Engine::builder())
+}
+
+pub fn build(builder: EngineBuilder) -> Option<Engine> {
+    match builder.build() {
+        Ok(engine) => Some(engine),
+        Err(why) => {
+            eprintln!("skipped: {why}");
+            None
+        }
+    }
+}
+
+pub fn first_node(engine: &Engine) -> NodeId {
+    engine.machine().memory_nodes().next().expect("a machine has memory").id
+}
+
+/// The destination of a move that changes frames, whatever the machine: the second node where
+/// there is one.
+pub fn nodes(engine: &Engine) -> (NodeId, NodeId) {
+    let mut nodes = engine.machine().memory_nodes().map(|n| n.id);
+    let first = nodes.next().expect("a machine has memory");
+    (first, nodes.next().unwrap_or(first))
+}
+
+/// Word `index` of a region.
+pub fn word(region: &Region, index: usize) -> &AtomicU64 {
+    assert!((index + 1) * 8 <= region.len());
+    // SAFETY: aligned, within the region, which outlives the reference; only atomics are used.
+    unsafe { AtomicU64::from_ptr(region.as_ptr().cast::<u64>().add(index)) }
+}
+
+/// What word `index` holds after `round` writes.
+pub fn value(index: usize, round: u64) -> u64 {
+    (index as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (round << 48) ^ round
+}
+
+pub fn fill(region: &Region, bytes: std::ops::Range<usize>) {
+    for i in bytes.start / 8..bytes.end / 8 {
+        word(region, i).store(value(i, 0), Ordering::Relaxed);
+    }
+}
+
+/// Every word of the range holds what `fill` wrote.
+pub fn check(region: &Region, bytes: std::ops::Range<usize>) {
+    for i in bytes.start / 8..bytes.end / 8 {
+        let found = word(region, i).load(Ordering::Relaxed);
+        assert_eq!(found, value(i, 0), "word {i} at byte {:#x}", i * 8);
+    }
+}
+
+/// Page frame numbers; `None` where they are hidden from this user.
+pub fn frames(region: &Region) -> Option<Vec<u64>> {
+    let mut entries = vec![Entry(0); region.len() / page_size()];
+    let pagemap = Pagemap::open().expect("procfs");
+    pagemap.entries(region.addr(), &mut entries).expect("readable");
+    entries.iter().map(|e| e.pfn()).collect()
+}
+
+/// Threads that read and write a region while it moves. Word `i` belongs to writer `i % writers`;
+/// a writer checks what it wrote last; readers check that a word is one of its possible values.
+pub struct Racers {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<u64>>,
+    rounds: Arc<Vec<AtomicU64>>,
+    region: Arc<Region>,
+}
+
+fn next(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+impl Racers {
+    /// Starts them on the whole region, which `fill` has filled. One word in 64 is written.
+    pub fn start(region: &Arc<Region>, readers: usize, writers: usize) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let owned = region.len() / 512;
+        let rounds: Arc<Vec<_>> = Arc::new((0..owned).map(|_| AtomicU64::new(0)).collect());
+        let mut threads = Vec::new();
+        for id in 0..readers + writers {
+            let (stop, region, rounds) =
+                (Arc::clone(&stop), Arc::clone(region), Arc::clone(&rounds));
+            threads.push(std::thread::spawn(move || {
+                let mut seed = 0x1234_5678_9ABC_DEF1 ^ (id as u64) << 32;
+                let mut done = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let pick = usize::try_from(next(&mut seed) % owned as u64).expect("small");
+                    if id < writers {
+                        let pick = pick - pick % writers + id;
+                        if pick >= owned {
+                            continue;
+                        }
+                        let (i, round) = (pick * 64, rounds[pick].load(Ordering::Relaxed));
+                        let found = word(&region, i).load(Ordering::Relaxed);
+                        assert_eq!(found, value(i, round), "own word {i}, round {round}");
+                        word(&region, i).store(value(i, round + 1), Ordering::Relaxed);
+                        rounds[pick].store(round + 1, Ordering::Relaxed);
+                    } else {
+                        let i =
+                            pick * 64 + 1 + usize::try_from(next(&mut seed) % 63).expect("small");
+                        let found = word(&region, i).load(Ordering::Relaxed);
+                        assert_eq!(found, value(i, 0), "word {i} that nobody writes");
+                    }
+                    done += 1;
+                }
+                done
+            }));
+        }
+        Self { stop, threads, rounds, region: Arc::clone(region) }
+    }
+
+    /// Ends them and scans the whole region; returns how many accesses there were.
+    pub fn finish(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut done = 0;
+        for thread in self.threads {
+            done += thread.join().expect("every word was right");
+        }
+        for i in 0..self.region.len() / 8 {
+            let round = if i % 64 == 0 { self.rounds[i / 64].load(Ordering::Relaxed) } else { 0 };
+            let found = word(&self.region, i).load(Ordering::Relaxed);
+            assert_eq!(found, value(i, round), "word {i} at the end");
+        }
+        done
+    }
+}
