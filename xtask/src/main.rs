@@ -1,1 +1,50 @@
-fn main(){}
+//! The project's own chores: `cargo xtask test` and `cargo xtask soak`.
+//!
+//! What always holds: a stage that does not run says why, the last line counts what passed,
+//! failed and was skipped, and the exit code is 0 only if nothing failed.
+
+mod needs;
+mod stage;
+mod test;
+
+use clap::{Args, Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Chores of the pageferry workspace.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Debug, Subcommand)]
+enum Chore {
+    /// Run all tests: format, lints, tests, model checking, documentation, smoke runs
+    Test(TestArgs),
+    /// Move memory back and forth under verifying readers and writers, for as long as told
+    Soak(SoakArgs),
+}
+
+#[derive(Debug, Args)]
+struct TestArgs {
+    /// Leave out model checking, which takes the longest
+    #[arg(long)]
+    fast: bool,
+}
+
+#[derive(Debug, Args)]
+struct SoakArgs {
+    /// Seconds to run
+    #[arg(long, value_name = "N", default_value_t = 600,
+          value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: u64,
+}
+
+fn main() -> ExitCode {
+    let stages = match Cli::parse().chore {
+        Chore::Test(args) => test::test(args.fast),
+        Chore::Soak(args) => test::soak(args.seconds),
+    };
+    stages.conclude()
+}

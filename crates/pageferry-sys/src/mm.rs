@@ -133,20 +133,47 @@ pub(crate) fn prefer_node(start: usize, len: usize, node: u32) -> Result<(), Err
     Errno::result(ret).map(drop)
 }
 
-/// The calling thread's allocations prefer `node` from now on, or follow the default policy.
-///
-/// # Errors
-/// `EINVAL`: the node has no memory or is not allowed (cpuset).
-pub fn prefer_node_for_thread(node: Option<u32>) -> Result<(), Errno> {
-    let (mode, mask) = match node {
-        Some(node) => (MPOL_PREFERRED, mask_of(node)?),
-        None => (MPOL_DEFAULT, [0; MASK_WORDS]),
-    };
-    let mask_ptr = if node.is_some() { mask.as_ptr() } else { std::ptr::null() };
-    let bits = if node.is_some() { MAX_NODES + 1 } else { 0 };
-    // SAFETY: set_mempolicy reads the mask and changes the calling thread's policy only.
-    let ret = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask_ptr, bits) };
-    Errno::result(ret).map(drop)
+/// The calling thread's memory policy, put back when this is dropped (`set_mempolicy(2)`).
+#[derive(Debug)]
+pub struct PreferringNode {
+    mode: i32,
+    mask: [u64; MASK_WORDS],
+}
+
+impl PreferringNode {
+    /// Until this is dropped, the calling thread's allocations in mappings without a policy of
+    /// their own prefer `node`.
+    ///
+    /// # Errors
+    /// `EINVAL`: the node has no memory, or a cpuset forbids it; `ENOSYS`: a kernel without NUMA.
+    pub fn new(node: u32) -> Result<Self, Errno> {
+        let mut saved = Self { mode: MPOL_DEFAULT, mask: [0; MASK_WORDS] };
+        let wanted = mask_of(node)?;
+        let null = std::ptr::null::<u8>();
+        // SAFETY: get_mempolicy writes the mode and at most MAX_NODES bits of the mask.
+        let ret = unsafe {
+            let (mode, mask) = (&raw mut saved.mode, saved.mask.as_mut_ptr());
+            libc::syscall(libc::SYS_get_mempolicy, mode, mask, MAX_NODES, null, 0)
+        };
+        Errno::result(ret)?;
+        // SAFETY: set_mempolicy reads the mask and changes the calling thread's policy only.
+        let ret = unsafe {
+            let mask = wanted.as_ptr();
+            libc::syscall(libc::SYS_set_mempolicy, MPOL_PREFERRED, mask, MAX_NODES + 1)
+        };
+        Errno::result(ret)?;
+        Ok(saved)
+    }
+}
+
+impl Drop for PreferringNode {
+    fn drop(&mut self) {
+        let empty = self.mask.iter().all(|&word| word == 0);
+        let (mask, bits) =
+            if empty { (std::ptr::null(), 0) } else { (self.mask.as_ptr(), MAX_NODES + 1) };
+        // SAFETY: as above; mode and mask are what the kernel gave us.
+        unsafe { libc::syscall(libc::SYS_set_mempolicy, self.mode, mask, bits) };
+    }
 }
 
 /// `move_pages(2)` as a query: the node of each page, or a negative errno (`-ENOENT`: no page).

@@ -77,8 +77,6 @@ pub(crate) struct Inner {
     pub(crate) released: Condvar,
     pub(crate) moves: AtomicU64,
     pub(crate) bytes_moved: AtomicU64,
-    /// The destination of the latest fresh frames, for the refill thread.
-    pub(crate) demand: Mutex<Option<(u32, crate::FolioSize)>>,
     pub(crate) last_move: Mutex<Instant>,
     idle_release: Duration,
     pid: u32,
@@ -282,7 +280,6 @@ impl EngineBuilder {
             released: Condvar::new(),
             moves: AtomicU64::new(0),
             bytes_moved: AtomicU64::new(0),
-            demand: Mutex::new(None),
             last_move: Mutex::new(Instant::now()),
             idle_release: self.idle_release,
             pid: std::process::id(),
@@ -348,14 +345,14 @@ fn look_after_pools(inner: &Inner, stopping: &AtomicBool) {
             if stopping.load(Ordering::Acquire) {
                 return;
             }
-            let demand = inner.demand.lock().take();
+            let pools = &inner.ctx.pools;
+            let demand = pools.demand.lock().take();
             if let Some(demand) = demand {
-                let pools = &inner.ctx.pools;
                 pools.refill(demand, pools.budget() / 8, pools.budget() / 4);
             }
             let busy = !inner.claims.lock().is_empty();
             if !busy && inner.last_move.lock().elapsed() >= inner.idle_release {
-                inner.ctx.pools.release_all();
+                pools.release_all();
                 break;
             }
             let mut roused = roused.lock();

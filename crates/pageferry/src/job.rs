@@ -136,6 +136,7 @@ impl Job {
             }
             armed.ranges.push(block.clone());
         }
+        let workers = self.cpu.worker_cpu_time();
         let running = Running {
             job: self,
             planner: Mutex::new(Planner::new(self.legs.clone(), self.even_if_there, self.one_node)),
@@ -151,7 +152,10 @@ impl Job {
         running.planner.lock().give_up(Outcome::Cancelled, &mut last);
         running.tallies.lock().push(last);
         drop(armed);
-        Ok(running.report(started, division))
+        let mut report = running.report(started, division);
+        // Moves that run at the same time share the workers, and see each other's time here.
+        report.cpu.copy += self.cpu.worker_cpu_time().saturating_sub(workers);
+        Ok(report)
     }
 
     fn is_cancelled(&self) -> bool {

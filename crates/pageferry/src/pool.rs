@@ -29,7 +29,7 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Extents in flight at most, beyond those of the budget.
@@ -131,9 +131,8 @@ pub(crate) struct Pools {
     lost: AtomicBool,
     /// What the cgroup was last seen to allow, so that it need not be asked each time.
     allowance: Mutex<Allowance>,
-    /// Frames taken fresh since the refill thread last looked, by arena order; it refills what
-    /// is in demand.
-    pub(crate) fresh_frames: AtomicU64,
+    /// The pool that last had no frame at rest when one was wanted; the refill thread fills it.
+    pub(crate) demand: Mutex<Option<(u32, FolioSize)>>,
 }
 
 /// Whether frames may be reused.
@@ -155,7 +154,7 @@ impl Pools {
             pid: std::process::id(),
             lost: AtomicBool::new(false),
             allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
-            fresh_frames: AtomicU64::new(0),
+            demand: Mutex::new(None),
         })
     }
 
@@ -269,10 +268,11 @@ impl Pools {
         want: usize,
         source: Source,
     ) -> Result<Extent, Shortage> {
-        if source == Source::Any
-            && let Some(extent) = self.take_rested(node, size, self.config.grace)?
-        {
-            return Ok(extent);
+        if source == Source::Any {
+            if let Some(extent) = self.take_rested(node, size, self.config.grace)? {
+                return Ok(extent);
+            }
+            *self.demand.lock() = Some((node, size));
         }
         match self.fresh(node, size, want) {
             Ok(extent) => Ok(extent),
@@ -314,7 +314,6 @@ impl Pools {
         let result = self.populate(node, size, pages);
         let kept = result.as_ref().map_or(0, |e| e.populated * pageferry_sys::page_size());
         self.extra.fetch_sub(bytes - kept, Ordering::Relaxed);
-        self.fresh_frames.fetch_add(kept as u64, Ordering::Relaxed);
         result
     }
 
@@ -335,6 +334,17 @@ impl Pools {
                 return Err(Shortage::Budget);
             }
         }
+    }
+
+    /// Whether a frame of this kind is at rest and may be used.
+    pub(crate) fn has_rested(&self, node: u32, size: FolioSize) -> bool {
+        let Ok(arena) = self.arena(node, size) else { return false };
+        let state = arena.state.lock();
+        state.rested.front().is_some_and(|e| e.rested.elapsed() >= self.config.grace)
+    }
+
+    pub(crate) fn has_one_node(&self) -> bool {
+        self.config.nodes.len() < 2
     }
 
     /// Whether the memory cgroup has room. Reading that takes a dozen files, so an answer is good

@@ -54,8 +54,11 @@ impl Part {
 
     fn check(&self) -> Result<Leg, MigrateError> {
         let len = self.home.len();
-        let whole = [0..len];
-        let given = if self.ranges.is_empty() { &whole[..] } else { &self.ranges[..] };
+        let whole = 0..len;
+        let given = match &self.ranges[..] {
+            [] => std::slice::from_ref(&whole),
+            ranges => ranges,
+        };
         let page = page_size();
         for range in given {
             if range.is_empty() {

@@ -61,7 +61,9 @@ fn build(steps: &[Step], vocabulary: &Vocabulary) -> (Index<Global>, Texts) {
 /// Matches and the first one's place for each document that has any.
 fn naive(texts: &Texts, matches: impl Fn(&[u32]) -> Vec<usize>) -> Vec<(u32, u32, u64)> {
     let all = texts.iter().map(|(&doc, text)| (doc, matches(text)));
-    all.filter(|(_, at)| !at.is_empty()).map(|(doc, at)| (doc, at[0] as u32, at.len() as u64)).collect()
+    all.filter(|(_, at)| !at.is_empty())
+        .map(|(doc, at)| (doc, at[0] as u32, at.len() as u64))
+        .collect()
 }
 
 fn places(text: &[u32], word: u32) -> Vec<usize> {

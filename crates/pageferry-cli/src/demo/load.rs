@@ -272,7 +272,8 @@ impl<A: Allocator + Clone + Send + Sync> Worker<'_, '_, A> {
     /// A word from a random place of a random document, so that frequent words are asked for
     /// often, as people do; with the place's document and position.
     fn place(&mut self) -> (&[u32], usize) {
-        let document = &self.load.corpus.documents[self.random.below(self.load.corpus.documents.len())];
+        let document =
+            &self.load.corpus.documents[self.random.below(self.load.corpus.documents.len())];
         (document, self.random.below(document.len()))
     }
 
@@ -297,22 +298,27 @@ impl<A: Allocator + Clone + Send + Sync> Worker<'_, '_, A> {
         (kind, asked.took)
     }
 
-    /// Takes out and adds documents in turn, so that the index keeps its size.
+    /// Takes out and adds documents in turn, so that the index keeps its size. A document is added
+    /// to the shard that had it first: its words are known there.
     fn update(&mut self) -> Option<(Kind, Duration)> {
         let Load { twin, corpus, .. } = self.load;
-        let shard = self.random.below(SHARDS);
-        self.adds_next = !self.adds_next;
-        if self.adds_next {
+        let document = self.random.below(corpus.documents.len());
+        let shard = document % SHARDS;
+        if !self.adds_next {
+            self.adds_next = true;
             let member = twin.pick(shard, self.random.next())?;
             self.grouped.set(&corpus.documents[member.document as usize]);
             let took = twin.remove(shard, member, &self.grouped, &corpus.vocabulary)?;
             return Some((Kind::Remove, took));
         }
-        let document = self.random.below(corpus.documents.len());
         self.grouped.set(&corpus.documents[document]);
         let document = u32::try_from(document).ok()?;
         match twin.add(shard, document, &self.grouped, &corpus.vocabulary) {
-            Ok(took) => Some((Kind::Add, took)),
+            Ok(took) => {
+                self.adds_next = false;
+                Some((Kind::Add, took))
+            }
+            // Nothing more is taken out until something fits again.
             Err(Full) => {
                 self.tally.full += 1;
                 None

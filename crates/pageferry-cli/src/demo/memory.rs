@@ -140,7 +140,8 @@ pub(super) fn si(count: u64, unit: &str) -> String {
 }
 
 fn three_digits(value: f64, unit: &str) -> String {
-    let digits = if value.fract() == 0.0 || value >= 99.95 { 0 } else { 1 + usize::from(value < 9.995) };
+    let digits =
+        if value.fract() == 0.0 || value >= 99.95 { 0 } else { 1 + usize::from(value < 9.995) };
     format!("{value:.digits$} {unit}").trim_end().to_owned()
 }
 

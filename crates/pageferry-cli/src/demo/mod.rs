@@ -157,6 +157,7 @@ pub(crate) fn run(args: DemoArgs, context: &Context) -> anyhow::Result<Exit> {
         one_folio_at_a_time: one_by_one,
         queries: Felt::new(&tally, &Kind::QUERIES),
         updates: Felt::new(&tally, &Kind::UPDATES),
+        updates_without_room: tally.full,
         answers: answers(tally),
         scan,
         physical_pages: mover.frames,
@@ -237,12 +238,7 @@ fn read(dir: Option<PathBuf>, size: u64, stage: &Stage) -> Result<Corpus, Proble
     ))
 }
 
-fn map(
-    engine: &Engine,
-    size: u64,
-    route: Route,
-    folios: FolioKind,
-) -> anyhow::Result<Arc<Region>> {
+fn map(engine: &Engine, size: u64, route: Route, folios: FolioKind) -> anyhow::Result<Arc<Region>> {
     let bytes = usize::try_from(memory::region_bytes(size)).context("size of the region")?;
     let whole = match folios {
         FolioKind::Base => Folios::Base,
@@ -271,8 +267,7 @@ fn fill(
     stage.begin("building the index twice", size);
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(twin::SHARDS);
     let used = || alloc.used_bytes() as u64;
-    let filled =
-        twin.fill(corpus, threads, || used() >= size, || stage.bar.set_position(used()));
+    let filled = twin.fill(corpus, threads, || used() >= size, || stage.bar.set_position(used()));
     stage.bar.finish_and_clear();
     if filled.documents == 0 && !cancel::requested() {
         return Err(Problem {

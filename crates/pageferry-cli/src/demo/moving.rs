@@ -199,7 +199,11 @@ impl Mover {
 
     /// Moves piece after piece of the region, there and back, one folio at a time, until `end`,
     /// one piece at least.
-    pub(super) fn one_by_one_until(&mut self, end: Instant, glance: impl Fn()) -> anyhow::Result<()> {
+    pub(super) fn one_by_one_until(
+        &mut self,
+        end: Instant,
+        glance: impl Fn(),
+    ) -> anyhow::Result<()> {
         let (bytes, elapsed) = (self.one_by_one.bytes, self.one_by_one.elapsed);
         loop {
             let piece = self.next..(self.next + PIECE).min(self.region.len());

@@ -12,6 +12,10 @@ use allocator_api2::vec::Vec;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Full;
 
+/// A list that would have to grow is packed instead if one entry in this many is dead: a list that
+/// keeps its size then needs no more memory, and packing costs a few steps for each entry added.
+const PACK: usize = 8;
+
 /// One document in a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
@@ -39,6 +43,11 @@ impl<A: Allocator + Clone> Postings<A> {
     /// ascending order.
     pub(super) fn add(&mut self, doc: u32, positions: &[u32]) -> Result<(), Full> {
         debug_assert!(self.entries.last().is_none_or(|last| last.doc < doc));
+        let grows = self.entries.len() == self.entries.capacity()
+            || self.positions.len() + positions.len() > self.positions.capacity();
+        if grows && self.dead * PACK >= self.entries.len() {
+            self.pack();
+        }
         let start = u32::try_from(self.positions.len()).map_err(|_| Full)?;
         let count = u32::try_from(positions.len()).map_err(|_| Full)?;
         self.entries.try_reserve(1).map_err(|_| Full)?;
@@ -174,6 +183,19 @@ mod tests {
             assert_eq!(far.seek(0), None, "passed already");
         }
         assert_eq!(list([]).cursor().seek(1), None);
+    }
+
+    #[test]
+    fn a_list_that_keeps_its_size_needs_no_more_memory() {
+        let mut list = list(0..1000);
+        let room = |l: &Postings<Global>| (l.entries.capacity(), l.positions.capacity());
+        let before = room(&list);
+        for doc in 1000..20_000 {
+            assert!(list.remove(doc - 700));
+            assert_eq!(list.add(doc, &[1, 2]), Ok(()));
+        }
+        assert!(room(&list).0 <= before.0 * 2 && room(&list).1 <= before.1 * 2);
+        assert_eq!(list.documents(), 1000);
     }
 
     #[derive(Clone)]

@@ -26,6 +26,7 @@ pub(super) struct DemoReport {
     /// move.
     pub(super) user_mode_only: bool,
     pub(super) folios: &'static str,
+    /// Threads that query; one more updates.
     pub(super) query_threads: usize,
     pub(super) moved: Moved,
     pub(super) one_folio_at_a_time: Moved,
@@ -33,6 +34,8 @@ pub(super) struct DemoReport {
     pub(super) ratio: Option<f64>,
     pub(super) queries: Felt,
     pub(super) updates: Felt,
+    /// Documents that were to be added when the region was full.
+    pub(super) updates_without_room: u64,
     pub(super) answers: Answers,
     /// The whole index at the end against the one that was not moved.
     pub(super) scan: Comparison,
@@ -192,19 +195,37 @@ impl DemoReport {
             row(f, "", format_args!("{DIM}files: {}{DIM:#}", left_out.join(", ")))?;
         }
         let index = &self.index;
-        row(f, "index", format_args!(
-            "{} in managed memory: {} words, {} places, {} documents",
-            iec(index.bytes), si(self.scan.words, ""), si(self.scan.positions, ""), index.documents,
-        ))?;
+        row(
+            f,
+            "index",
+            format_args!(
+                "{} in managed memory: {} words, {} places, {} documents",
+                iec(index.bytes),
+                si(self.scan.words, ""),
+                si(self.scan.positions, ""),
+                index.documents,
+            ),
+        )?;
         if index.editions > 1.0 {
-            row(f, "", format_args!(
-                "{DIM}the text went in {:.1} times to make it this large{DIM:#}", index.editions
-            ))?;
+            row(
+                f,
+                "",
+                format_args!(
+                    "{DIM}the text went in {:.1} times to make it this large{DIM:#}",
+                    index.editions
+                ),
+            )?;
         }
-        row(f, "region", format_args!(
-            "{}, of which {} hold pages; {}",
-            iec(index.region_bytes), iec(index.present_bytes), self.folios
-        ))?;
+        row(
+            f,
+            "region",
+            format_args!(
+                "{}, of which {} hold pages; {}",
+                iec(index.region_bytes),
+                iec(index.present_bytes),
+                self.folios
+            ),
+        )?;
         match self.route {
             Route::Nodes { home, away } => {
                 row(f, "route", format_args!("node {home} to node {away} and back"))?;
@@ -226,8 +247,7 @@ impl DemoReport {
 
     fn rates(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "\n{BOLD}{:<26}{:>12}{:>10}{:>9}{BOLD:#}", "move", "moved", "time", "GB/s")?;
-        let ways =
-            [("pageferry", &self.moved), ("one folio at a time", &self.one_folio_at_a_time)];
+        let ways = [("pageferry", &self.moved), ("one folio at a time", &self.one_folio_at_a_time)];
         for (name, moved) in ways {
             let (bytes, time) = (si(moved.bytes, "B"), format!("{:.2} s", moved.seconds));
             write!(f, "  {name:<24}{bytes:>12}{time:>10}{:>9.2}", moved.gb_per_s)?;
@@ -271,6 +291,10 @@ impl DemoReport {
                 }
             }
         }
+        if self.updates_without_room > 0 {
+            let count = self.updates_without_room;
+            writeln!(f, "  {DIM}{count} documents were not added: the region was full{DIM:#}")?;
+        }
         writeln!(f)
     }
 
@@ -287,7 +311,12 @@ impl DemoReport {
         }
         let scan = &self.scan;
         write!(f, "{BOLD}{:<10}{BOLD:#} ", "at the end")?;
-        write!(f, "{} words with {} places compared: ", si(scan.words, ""), si(scan.positions, ""))?;
+        write!(
+            f,
+            "{} words with {} places compared: ",
+            si(scan.words, ""),
+            si(scan.positions, "")
+        )?;
         verdict(f, scan.differing)?;
         let Frames { sampled, changed, hidden } = self.physical_pages;
         if hidden {

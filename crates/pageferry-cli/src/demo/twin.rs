@@ -270,8 +270,7 @@ mod tests {
 
     fn filled(corpus: &Corpus, documents: u64, threads: usize) -> (Twin<Global>, Filled) {
         let twin = Twin::new_in(&Global);
-        let filled =
-            twin.fill(corpus, threads, || twin.documents() >= documents, || {});
+        let filled = twin.fill(corpus, threads, || twin.documents() >= documents, || {});
         (twin, filled)
     }
 
@@ -314,7 +313,8 @@ mod tests {
     fn an_answer_that_differs_is_counted_and_named() {
         let corpus = corpus();
         let (twin, _) = filled(&corpus, 20, 1);
-        let query = Query::Phrase([corpus.documents[0][3], corpus.documents[0][4], corpus.documents[0][5]]);
+        let query =
+            Query::Phrase([corpus.documents[0][3], corpus.documents[0][4], corpus.documents[0][5]]);
         assert_eq!(twin.ask(query, &corpus.vocabulary).differing, 0);
         let mut grouped = Grouped::default();
         grouped.set(&corpus.documents[0]);

@@ -1,0 +1,128 @@
+//! Taking pages out: write protection (live order) and detach.
+//!
+//! Up to here a page can be left where it is. What the kernel refuses to move gets its outcome
+//! and stays.
+
+use super::{Berth, DETACH_TRIES, TURN, back_off, is_empty, set};
+use crate::flight::MAX_PAGES;
+use crate::pool::pages_per_extent;
+use crate::report::{Busy, Outcome};
+use crate::units::FolioSize;
+use pageferry_sys::{Errno, page_size};
+use std::ops::Range;
+use std::time::Instant;
+
+impl Berth<'_> {
+    /// Step 2, live: from when this returns, a write is noticed.
+    pub(crate) fn protect(&mut self) -> Result<(), Errno> {
+        let mut tries = 0;
+        loop {
+            let range = &self.seg().range;
+            match self.ctx.sys.protect(&self.ctx.regions, range.start, range.len()) {
+                Ok(()) => return Ok(()),
+                Err(Errno(libc::EAGAIN | libc::EINTR | libc::ENOMEM)) if tries < DETACH_TRIES => {
+                    back_off(tries);
+                    tries += 1;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Opens a hole over `piece` (pages of the segment) and takes the pages out.
+    pub(crate) fn detach(&mut self, piece: Range<usize>, nested: bool) {
+        if !nested && self.last_yield.elapsed() > TURN {
+            pageferry_sys::sched::yield_now();
+            self.last_yield = Instant::now();
+        }
+        // A page out of its place and a fork must not meet.
+        if self.fork_hold.is_none() {
+            let forks = &self.ctx.forks;
+            self.fork_hold = Some(if nested { forks.hold_again() } else { forks.hold() });
+        }
+        let flight = self.flight.as_ref().expect("opened before detach");
+        self.ctx.flights.widen(flight, self.addr(piece.start)..self.addr(piece.end));
+        self.hole_since = Some(Instant::now());
+        let mut page = piece.start;
+        let mut limit = piece.len();
+        let mut tries = 0;
+        while page < piece.end {
+            let count = limit.min(piece.end - page);
+            let (dst, src) = (self.slot(page), self.addr(page));
+            // SAFETY: the slots are ours and empty; whoever uses the pages waits at the hole.
+            let progress = unsafe {
+                self.ctx.sys.move_range(&self.ctx.pools.uffd, dst, src, count * page_size())
+            };
+            let moved = progress.done / page_size();
+            if moved > 0 {
+                set(&mut self.out, page..page + moved);
+                page += moved;
+                tries = 0;
+            }
+            let Some(Errno(errno)) = progress.error else {
+                limit = piece.len();
+                continue;
+            };
+            let refused = match errno {
+                // Part was done: asking for the rest tells the reason.
+                libc::EAGAIN if moved > 0 => continue,
+                libc::EAGAIN | libc::EINTR | libc::ENOMEM if tries < DETACH_TRIES => {
+                    back_off(tries);
+                    tries += 1;
+                    continue;
+                }
+                libc::EAGAIN => Outcome::Busy(Busy::Contended),
+                libc::ENOENT => Outcome::NotPresent,
+                libc::EBUSY => self.why_busy(page),
+                // Another mapping begins within the range: approach it by halves.
+                libc::EINVAL if count > 1 => {
+                    limit = count / 2;
+                    continue;
+                }
+                libc::EINVAL => Outcome::Busy(Busy::Mapping),
+                libc::EFAULT => Outcome::Busy(Busy::Guarded),
+                errno => Outcome::Busy(Busy::Other(errno)),
+            };
+            // Without a reason of its own, a huge folio stays as a whole; a run of shared pages
+            // is passed over at once.
+            let skip = match (self.seg().size, refused) {
+                (FolioSize::Huge, Outcome::Busy(_)) if page.is_multiple_of(pages_per_extent()) => {
+                    self.pages
+                }
+                (_, Outcome::Busy(Busy::Shared)) => self.shared_run(page, piece.end),
+                _ => 1,
+            };
+            self.outcome[page..page + skip].fill(refused);
+            page += skip;
+            tries = 0;
+            limit = piece.len();
+        }
+        if self.seg().size == FolioSize::Huge && !is_empty(&self.out) {
+            let slot = self.slot(0);
+            if !self.ctx.pools.is_huge(slot) {
+                // It was split on the way, or before: it moves as base pages.
+                if let Some(empties) = &mut self.empties {
+                    empties.split = true;
+                }
+            }
+        }
+    }
+
+    fn why_busy(&self, page: usize) -> Outcome {
+        let mut entry = [pageferry_sys::pagemap::Entry(0)];
+        match self.ctx.pagemap.entries(self.addr(page), &mut entry) {
+            Ok(()) if entry[0].present() && !entry[0].exclusive() => Outcome::Busy(Busy::Shared),
+            _ => Outcome::Busy(Busy::Pinned),
+        }
+    }
+
+    /// How many pages from `page` on are shared with someone.
+    fn shared_run(&self, page: usize, end: usize) -> usize {
+        let mut entries = [pageferry_sys::pagemap::Entry(0); MAX_PAGES];
+        let entries = &mut entries[..end - page];
+        if self.ctx.pagemap.entries(self.addr(page), entries).is_err() {
+            return 1;
+        }
+        entries.iter().take_while(|e| e.present() && !e.exclusive()).count().max(1)
+    }
+}

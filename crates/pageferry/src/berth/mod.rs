@@ -1,0 +1,387 @@
+//! One batch in the air: its pages, its frames, and the steps of the transaction over them.
+//!
+//! Page `i` of the segment, slot `i` of the empty extent and frame `i` of the frame extent belong
+//! together throughout. A page is in one of three places: in the region, or (`out`) in its slot
+//! with a hole in the region, or replaced by its frame.
+//!
+//! What always holds:
+//! - A page whose bit in `out` is set is in its slot and nowhere else; only [`Berth::attach`] and
+//!   [`Berth::restore`] clear the bit, and they do so only when the region has it (or its copy)
+//!   again or the program has given it up.
+//! - A berth dropped with pages out puts the originals back.
+//! - Detach is the safe point to refuse: a page that the kernel will not move has not moved.
+
+mod attach;
+mod copy;
+mod detach;
+
+use crate::context::Context;
+use crate::flight::{Bits, FlightId, MAX_PAGES, Refused};
+use crate::plan::Segment;
+use crate::pool::{Extent, Source};
+use crate::quiesce::Held;
+use crate::report::{Busy, Order, Outcome};
+use crate::tally::Tally;
+use crate::units::FolioSize;
+use pageferry_copy::{CopyBatch, Kernel};
+use pageferry_sys::pagemap::{Categories, Run};
+use pageferry_sys::{Errno, page_size};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Tries of a call that says `EAGAIN` before a page that is still in its place is left there.
+const DETACH_TRIES: u32 = 64;
+/// A thread that has run for this long offers its CPU before it opens a hole: losing it then costs
+/// nobody anything, losing it with a hole open costs whoever waits there a time slice (3 ms).
+const TURN: Duration = Duration::from_micros(200);
+
+fn set(bits: &mut Bits, range: Range<usize>) {
+    for i in range {
+        bits[i / 64] |= 1 << (i % 64);
+    }
+}
+fn clear(bits: &mut Bits, range: Range<usize>) {
+    for i in range {
+        bits[i / 64] &= !(1 << (i % 64));
+    }
+}
+fn is_empty(bits: &Bits) -> bool {
+    bits.iter().all(|&w| w == 0)
+}
+
+/// Calls `f` for each run of pages within `within` for which `is` holds.
+fn runs(within: Range<usize>, is: impl Fn(usize) -> bool, mut f: impl FnMut(Range<usize>)) {
+    let mut i = within.start;
+    while i < within.end {
+        if is(i) {
+            let from = i;
+            while i < within.end && is(i) {
+                i += 1;
+            }
+            f(from..i);
+        } else {
+            i += 1;
+        }
+    }
+}
+
+/// Between two tries: first give the CPU away, then sleep, longer and longer up to 1 ms.
+pub(crate) fn back_off(tries: u32) {
+    if tries < 8 {
+        pageferry_sys::sched::yield_now();
+    } else {
+        std::thread::sleep(Duration::from_micros(1 << tries.min(18).saturating_sub(8)));
+    }
+}
+
+/// A place for one batch, reused for one after the other.
+#[derive(Debug)]
+pub(crate) struct Berth<'c> {
+    ctx: &'c Context,
+    kernel: Kernel,
+    pub(crate) batch: Arc<CopyBatch>,
+    segment: Option<Segment>,
+    pages: usize,
+    order: Order,
+    flight: Option<FlightId>,
+    fork_hold: Option<Held<'c>>,
+    frames: Option<Extent>,
+    empties: Option<Extent>,
+    /// In a slot.
+    out: Bits,
+    /// Must be copied (again) from its slot before it is attached.
+    redo: Bits,
+    /// Could not be copied: the original goes back.
+    failed: Bits,
+    outcome: Box<[Outcome; MAX_PAGES]>,
+    hole_since: Option<Instant>,
+    /// The copy engine may still write to the frames: they are given up.
+    abandoned: bool,
+    /// No frames: the kernel allocates and copies at attach (`UFFDIO_COPY`).
+    kernel_copy: bool,
+    /// This thread has other holes open.
+    nested: bool,
+    last_yield: Instant,
+}
+
+impl<'c> Berth<'c> {
+    pub(crate) fn new(ctx: &'c Context, kernel: Kernel) -> Self {
+        Self {
+            ctx,
+            kernel,
+            batch: CopyBatch::with_capacity(MAX_PAGES),
+            segment: None,
+            pages: 0,
+            order: Order::Frozen,
+            flight: None,
+            fork_hold: None,
+            frames: None,
+            empties: None,
+            out: [0; 8],
+            redo: [0; 8],
+            failed: [0; 8],
+            outcome: Box::new([Outcome::Cancelled; MAX_PAGES]),
+            hole_since: None,
+            abandoned: false,
+            kernel_copy: false,
+            nested: false,
+            last_yield: Instant::now(),
+        }
+    }
+
+    fn seg(&self) -> &Segment {
+        self.segment.as_ref().expect("a step of the transaction runs only with a segment loaded")
+    }
+    fn addr(&self, page: usize) -> usize {
+        self.seg().range.start + page * page_size()
+    }
+    fn slot(&self, page: usize) -> usize {
+        let extent = self.empties.as_ref().expect("reserved with the segment");
+        extent.page(extent.hi + page)
+    }
+    fn frame(&self, page: usize) -> usize {
+        let extent = self.frames.as_ref().expect("reserved with the segment");
+        extent.page(extent.lo + page)
+    }
+    pub(crate) fn order(&self) -> Order {
+        self.order
+    }
+    pub(crate) fn bytes(&self) -> usize {
+        self.pages * page_size()
+    }
+    pub(crate) fn size(&self) -> FolioSize {
+        self.seg().size
+    }
+    pub(crate) fn kernel_copies(&self) -> bool {
+        self.kernel_copy
+    }
+    pub(crate) fn set_nested(&mut self, nested: bool) {
+        self.nested = nested;
+    }
+    pub(crate) fn is_nested(&self) -> bool {
+        self.nested
+    }
+    /// Goes on in frozen order, before anything was detached.
+    pub(crate) fn freeze(&mut self) {
+        self.order = Order::Frozen;
+    }
+
+    /// Step 1: frames on the destination and slots for the old pages. On success the segment is
+    /// loaded, cut to what there was room for; the rest comes back.
+    pub(crate) fn reserve(
+        &mut self,
+        mut segment: Segment,
+        source: Source,
+        kernel_copy: bool,
+        tally: &mut Tally,
+    ) -> Result<Option<Segment>, ()> {
+        self.kernel_copy = kernel_copy;
+        let want = segment.range.len() / page_size();
+        let from = segment.from.unwrap_or(segment.to);
+        if self
+            .empties
+            .as_ref()
+            .is_some_and(|e| e.room() == 0 || e.node != from || e.size != segment.size || e.split)
+        {
+            self.retire_empties(source);
+        }
+        if self.frames.as_ref().is_some_and(|e| {
+            e.frames() == 0 || e.lost || e.node != segment.to || e.size != segment.size
+        }) {
+            self.retire_frames(source);
+        }
+        if self.frames.is_none() && !kernel_copy {
+            match self.ctx.pools.take_frames(segment.to, segment.size, want, source) {
+                Ok(extent) => self.frames = Some(extent),
+                Err(shortage) => {
+                    tally.outcome(segment.range, Outcome::NoFrame(shortage));
+                    return Err(());
+                }
+            }
+        }
+        if self.empties.is_none() {
+            match self.ctx.pools.take_empty(from, segment.size) {
+                Ok(extent) => self.empties = Some(extent),
+                Err(shortage) => {
+                    tally.outcome(segment.range, Outcome::NoFrame(shortage));
+                    return Err(());
+                }
+            }
+        }
+        let frames = match &self.frames {
+            Some(extent) if !kernel_copy => extent.frames(),
+            _ => want,
+        };
+        let room = self.empties.as_ref().map_or(0, Extent::room);
+        let pages = want.min(frames).min(room);
+        let rest = (pages < want).then(|| segment.split_off(pages * page_size()));
+        self.pages = pages;
+        self.segment = Some(segment);
+        self.out = [0; 8];
+        self.redo = [0; 8];
+        self.failed = [0; 8];
+        self.abandoned = false;
+        self.outcome[..pages].fill(Outcome::Cancelled);
+        Ok(rest)
+    }
+
+    /// Step 2: announces the flight. False: the range cannot be moved now; the segment is
+    /// unloaded with outcome `Discarding`.
+    pub(crate) fn open(&mut self, order: Order, tally: &mut Tally) -> bool {
+        self.order = order;
+        let range = self.seg().range.clone();
+        let huge = self.seg().size == FolioSize::Huge;
+        let mut tries = 0;
+        loop {
+            let missing = |page| self.is_missing(page);
+            match self.ctx.flights.open(range.clone(), huge, missing) {
+                Ok(flight) => {
+                    self.flight = Some(flight);
+                    return true;
+                }
+                Err(Refused::Full) => {
+                    back_off(tries);
+                    tries += 1;
+                }
+                Err(Refused::Quarantined) => {
+                    self.outcome[..self.pages].fill(Outcome::Busy(Busy::Discarding));
+                    self.close(tally);
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn is_missing(&self, page: usize) -> bool {
+        let want = Categories::PRESENT | Categories::SWAPPED;
+        let mut runs = [Run::EMPTY; 1];
+        let end = page + page_size();
+        let found = self.ctx.sys.scan(&self.ctx.pagemap, page, end, want, want, &mut runs);
+        matches!(found, Ok((0, _)))
+    }
+
+    /// Puts every original back that is still out. Also the way out of a panic.
+    fn restore(&mut self, tally: &mut Tally) {
+        if is_empty(&self.out) {
+            return;
+        }
+        set(&mut self.failed, 0..self.pages);
+        self.attach(0..self.pages, tally);
+    }
+
+    /// Last step: ends the flight, wakes who waits for a page that did not come, and accounts.
+    pub(crate) fn close(&mut self, tally: &mut Tally) {
+        self.restore(tally);
+        let Some(segment) = self.segment.take() else { return };
+        let range = segment.range.clone();
+        let stayed = self.outcome[..self.pages].iter().any(|o| *o != Outcome::Moved);
+        if self.order == Order::Live && (stayed || self.keeps_protection()) {
+            self.unprotect(&range);
+        }
+        if let Some(flight) = self.flight.take()
+            && self.ctx.flights.close(flight)
+        {
+            let mut tries = 0;
+            while tries < DETACH_TRIES {
+                let woken = self.ctx.sys.wake(&self.ctx.regions, range.start, range.len());
+                if woken.is_ok() {
+                    break;
+                }
+                back_off(tries);
+                tries += 1;
+            }
+        }
+        self.advance(&range, segment.size);
+        let mut page = 0;
+        while page < self.pages {
+            let outcome = self.outcome[page];
+            let same = self.outcome[page..self.pages].iter().take_while(|o| **o == outcome);
+            let end = page + same.count();
+            let part = range.start + page * page_size()..range.start + end * page_size();
+            page = end;
+            let passing =
+                matches!(outcome, Outcome::Busy(Busy::Pinned | Busy::Contended | Busy::Discarding));
+            if passing && !segment.again {
+                tally.again.push(Segment { range: part, ..segment.clone() });
+            } else {
+                tally.outcome(part, outcome);
+            }
+        }
+        match self.order {
+            Order::Live => tally.live += 1,
+            Order::Frozen => tally.frozen += 1,
+        }
+        self.pages = 0;
+    }
+
+    fn keeps_protection(&self) -> bool {
+        self.ctx.move_keeps_protection.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    fn unprotect(&self, range: &Range<usize>) {
+        for tries in 0..DETACH_TRIES {
+            match self.ctx.sys.unprotect(&self.ctx.regions, range.start, range.len()) {
+                // Unmapped meanwhile: nothing to lift. What is left otherwise is lifted by the
+                // handler at the next write, and by the end of the move.
+                Ok(()) | Err(Errno(libc::ENOENT | libc::EINVAL)) => return,
+                Err(_) => back_off(tries),
+            }
+        }
+    }
+
+    /// Marks the extents as used up to the last page that changed places.
+    fn advance(&mut self, range: &Range<usize>, size: FolioSize) {
+        let changed =
+            |o: &Outcome| matches!(o, Outcome::Moved | Outcome::CopyFailed | Outcome::Gone);
+        let used = self.outcome[..self.pages].iter().rposition(changed).map_or(0, |last| last + 1);
+        let gaps = self.outcome[..used].iter().any(|o| *o != Outcome::Moved);
+        if let Some(frames) = self.frames.as_mut().filter(|_| !self.kernel_copy) {
+            frames.lo += used;
+            frames.mixed |= gaps;
+            // The frame went in whole only if the region's entry was free of a page table.
+            if size == FolioSize::Huge && used > 0 {
+                frames.split |= gaps || !self.ctx.pools.is_huge(range.start);
+            }
+        }
+        let Some(empties) = &mut self.empties else { return };
+        let first = empties.page(empties.hi);
+        empties.hi += used;
+        empties.mixed |= gaps;
+        empties.split |= size == FolioSize::Huge && gaps;
+        if self.order == Order::Live && used > 0 && self.keeps_protection() {
+            let len = used * page_size();
+            if self.ctx.sys.unprotect(&self.ctx.pools.uffd, first, len).is_err() {
+                // Frames that cannot be written are freed, not used.
+                self.empties.iter_mut().for_each(|e| e.mixed = true);
+            }
+        }
+    }
+
+    fn retire_empties(&mut self, source: Source) {
+        if let Some(extent) = self.empties.take() {
+            self.ctx.pools.put(extent, source == Source::Any);
+        }
+    }
+
+    fn retire_frames(&mut self, source: Source) {
+        if let Some(extent) = self.frames.take() {
+            self.ctx.pools.put(extent, source == Source::Any);
+        }
+    }
+
+    /// Gives the extents back.
+    pub(crate) fn retire(&mut self, source: Source) {
+        self.retire_empties(source);
+        self.retire_frames(source);
+    }
+}
+
+impl Drop for Berth<'_> {
+    fn drop(&mut self) {
+        // Reached with pages out only by a panic.
+        let mut tally = Tally::new();
+        self.close(&mut tally);
+        self.retire(Source::FreshOnly);
+    }
+}
