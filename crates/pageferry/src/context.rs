@@ -12,16 +12,15 @@ use std::sync::atomic::AtomicBool;
 
 /// Shared by the engine's threads.
 ///
-/// There are two userfaultfds. `UFFDIO_MOVE` wants only its *destination* registered with the
-/// descriptor it is called on: pages go out through the pools' descriptor, which asks for no
-/// events, and come in through the regions', which does. So freeing frames raises no event, and
-/// an event that waits to be read (the kernel answers `EAGAIN` meanwhile) stops no detach.
+/// One userfaultfd serves regions and pools, because the kernel then stops every `UFFDIO_MOVE`
+/// (`EAGAIN`) from the moment the program unmaps part of a region until the handler has read of
+/// it. With a descriptor of its own, detach could take pages of whatever was mapped there next.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) sys: Arc<dyn Sys>,
-    /// Registered over the ranges of running moves.
-    pub(crate) regions: Uffd,
-    /// Registered over the pools (`pools.uffd`).
+    /// Registered over the ranges of running moves, and over the extents of the pools that pages
+    /// are taken out to.
+    pub(crate) uffd: Arc<Uffd>,
     pub(crate) pools: Pools,
     pub(crate) flights: Flights,
     pub(crate) pagemap: Pagemap,

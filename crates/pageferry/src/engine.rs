@@ -13,7 +13,7 @@ use crate::units::overlap;
 use crate::{handler, probe};
 use pageferry_copy::{CpuEngine, Kernel, WorkerPool};
 use pageferry_sys::pagemap::Pagemap;
-use pageferry_sys::uffd::{Features, Rights, Signal};
+use pageferry_sys::uffd::{Features, Rights, Signal, Uffd};
 use pageferry_sys::{Errno, Linux, Sys, fork, page_size, sched};
 use pageferry_topology::{Machine, NodeId};
 use parking_lot::{Condvar, Mutex};
@@ -245,12 +245,12 @@ impl EngineBuilder {
             return Err(BuildError::Option { option: "frame_budget", value, reason });
         }
         let rights = if self.user_mode_only { Rights::UserModeOnly } else { Rights::Full };
-        let (regions, pool_fd) = open_descriptors(self.sys.as_ref(), rights)?;
+        let uffd = Arc::new(open_descriptor(self.sys.as_ref(), rights)?);
         let pagemap = Pagemap::open().map_err(BuildError::Pagemap)?;
         let nodes = machine.memory_nodes().map(|n| n.id.get()).collect();
         let config = PoolConfig { budget, grace: self.frame_grace, nodes };
-        let pools =
-            Pools::new(Arc::clone(&self.sys), pool_fd, config).map_err(BuildError::Pagemap)?;
+        let pools = Pools::new(Arc::clone(&self.sys), Arc::clone(&uffd), config)
+            .map_err(BuildError::Pagemap)?;
         let workers = WorkerPool::with_copiers(threads, &[])
             .map_err(|e| BuildError::Threads(e.to_string()))?;
         let workers = Arc::new(workers);
@@ -261,7 +261,7 @@ impl EngineBuilder {
         let cpu = Arc::new(CpuEngine::new(kernel, workers));
         let ctx = Arc::new(Context {
             sys: self.sys,
-            regions,
+            uffd,
             pools,
             flights: Flights::new(FLIGHTS, page_size()),
             pagemap,
@@ -314,20 +314,17 @@ impl EngineBuilder {
     }
 }
 
-fn open_descriptors(
-    sys: &dyn Sys,
-    rights: Rights,
-) -> Result<(pageferry_sys::uffd::Uffd, pageferry_sys::uffd::Uffd), BuildError> {
-    let events = Features::EVENT_REMAP | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
-    let features = Features::MOVE | Features::PAGEFAULT_FLAG_WP;
-    let open = |features| {
-        sys.open_uffd(rights, features).map_err(|e| match e {
-            Errno(libc::EPERM | libc::EACCES) => BuildError::NotPermitted(e),
-            Errno(libc::EINVAL | libc::ENOSYS) => BuildError::KernelTooOld(e),
-            source => BuildError::Resource { what: "opening a userfaultfd", source },
-        })
-    };
-    Ok((open(features | events)?, open(features)?))
+fn open_descriptor(sys: &dyn Sys, rights: Rights) -> Result<Uffd, BuildError> {
+    let features = Features::MOVE
+        | Features::PAGEFAULT_FLAG_WP
+        | Features::EVENT_REMAP
+        | Features::EVENT_REMOVE
+        | Features::EVENT_UNMAP;
+    sys.open_uffd(rights, features).map_err(|e| match e {
+        Errno(libc::EPERM | libc::EACCES) => BuildError::NotPermitted(e),
+        Errno(libc::EINVAL | libc::ENOSYS) => BuildError::KernelTooOld(e),
+        source => BuildError::Resource { what: "opening a userfaultfd", source },
+    })
 }
 
 /// Refills the pools that are in demand, and frees all frames when nothing has moved for long.

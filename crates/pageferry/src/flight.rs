@@ -18,16 +18,20 @@
 //! 3. *A hole is told from a first touch.* The hole is widened before detach begins, under the
 //!    gate; so a missing page outside every hole has really never been there, and the handler
 //!    may fill it, because nobody can begin to detach it before the handler lets go of the gate.
-//! 4. *What the program gives up stays given up.* `madvise(MADV_DONTNEED)` waits until its event
+//! 4. *What the program unmaps is not touched.* From an unmap until its event is read the kernel
+//!    refuses every `UFFDIO_MOVE`; from then on the mark does: detach and attach look at it under
+//!    the gate, and no flight opens over the range.
+//! 5. *What the program gives up stays given up.* `madvise(MADV_DONTNEED)` waits until its event
 //!    is read; the handler marks the pages gone before it lets go of the gate; attach checks the
 //!    marks and moves pages in under the gate. So an attach comes either before the event is read
 //!    (and the pages are dropped after it) or after the mark (and skips them). Pages of the range
 //!    that were *not* in the air could be detached between the event and the drop: a [`Quarantine`]
 //!    keeps new flights off them until the drop is seen to be done.
 //!
-//! Loom checks 1 to 4 (`tests` below, under `--cfg loom`).
+//! Loom checks 1 to 5 (`tests` below, under `--cfg loom`).
 
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, ExclusiveGuard, Gate, Ordering};
+use crate::units::overlap;
 use pageferry_sys::uffd::Event;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -97,6 +101,13 @@ struct Detour {
 struct Rare {
     quarantines: Vec<Quarantine>,
     detours: Vec<Detour>,
+    unmapped: Vec<Range<usize>>,
+}
+
+impl Rare {
+    fn is_empty(&self) -> bool {
+        self.quarantines.is_empty() && self.detours.is_empty() && self.unmapped.is_empty()
+    }
 }
 
 /// What the handler must do about a fault.
@@ -112,11 +123,14 @@ pub(crate) enum Verdict {
     FirstTouch,
 }
 
-/// Why a flight cannot open now.
+/// Why a flight cannot open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
     /// Part of the range is being given up by the program.
     Quarantined,
+    /// Part of the range was unmapped or moved away since the move began; whatever is mapped there
+    /// now is not ours.
+    Unmapped,
     /// All places are taken.
     Full,
 }
@@ -167,8 +181,8 @@ impl Flights {
     ) -> Result<FlightId, Refused> {
         debug_assert!(range.len() <= MAX_PAGES * self.page);
         let _shared = self.gate.shared();
-        if self.any_rare.load(R) && self.quarantined(&range, is_missing) {
-            return Err(Refused::Quarantined);
+        if self.any_rare.load(R) {
+            self.refuse(&range, is_missing)?;
         }
         for (index, flight) in self.slots.iter().enumerate() {
             // `start` claims the slot: several conductors hold the gate at once. Acquire pairs
@@ -206,16 +220,16 @@ impl Flights {
         std::array::from_fn(|i| self.slots[id.0].dirty[i].load(R))
     }
 
-    /// Runs `attach` under the gate with the pages that the program has given up meanwhile and
-    /// must not get back (`None` when there are none).
-    pub(crate) fn attach<T>(&self, id: &FlightId, attach: impl FnOnce(Option<&Bits>) -> T) -> T {
+    /// Runs `detach` or `attach` under the gate with the pages that the program has given up
+    /// meanwhile (`None` when there are none): they must be neither taken nor given back.
+    pub(crate) fn with_gone<T>(&self, id: &FlightId, step: impl FnOnce(Option<&Bits>) -> T) -> T {
         let _shared = self.gate.shared();
         let flight = &self.slots[id.0];
         if !flight.any_gone.load(R) {
-            return attach(None);
+            return step(None);
         }
         let gone = std::array::from_fn(|i| flight.gone[i].load(R));
-        attach(Some(&gone))
+        step(Some(&gone))
     }
 
     /// Where the page that belongs at `addr` must be attached: elsewhere after `mremap`.
@@ -246,32 +260,42 @@ impl Flights {
         waiters
     }
 
-    /// Ranges to which pages were moved by `mremap` during flights; forgotten when told. Called
-    /// when no flight is open over them.
-    pub(crate) fn take_detours(&self, within: &Range<usize>) -> Vec<Range<usize>> {
+    /// Forgets what was unmapped and moved away within a range, and tells where to. Called when
+    /// the move over the range ends.
+    pub(crate) fn forget(&self, within: &Range<usize>) -> Vec<Range<usize>> {
         if !self.any_rare.load(R) {
             return Vec::new();
         }
         let mut rare = self.rare.lock();
         let mut taken = Vec::new();
         rare.detours.retain(|d| {
-            let ours = d.from.start < within.end && within.start < d.from.end;
+            let ours = overlap(&d.from, within);
             if ours {
                 taken.push(d.to..d.to + d.from.len());
             }
             !ours
         });
-        self.any_rare.store(!rare.detours.is_empty() || !rare.quarantines.is_empty(), R);
+        rare.unmapped.retain(|r| !overlap(r, within));
+        self.any_rare.store(!rare.is_empty(), R);
         taken
     }
 
-    fn quarantined(&self, range: &Range<usize>, is_missing: impl Fn(usize) -> bool) -> bool {
+    fn refuse(
+        &self,
+        range: &Range<usize>,
+        is_missing: impl Fn(usize) -> bool,
+    ) -> Result<(), Refused> {
         let mut rare = self.rare.lock();
         rare.quarantines.retain(|q| q.since.elapsed() < QUARANTINE && !is_missing(q.witness));
-        let hit =
-            rare.quarantines.iter().any(|q| q.range.start < range.end && range.start < q.range.end);
-        self.any_rare.store(!rare.detours.is_empty() || !rare.quarantines.is_empty(), R);
-        hit
+        self.any_rare.store(!rare.is_empty(), R);
+        let left = rare.detours.iter().map(|d| &d.from).chain(&rare.unmapped);
+        if left.clone().any(|r| overlap(r, range)) {
+            return Err(Refused::Unmapped);
+        }
+        if rare.quarantines.iter().any(|q| overlap(&q.range, range)) {
+            return Err(Refused::Quarantined);
+        }
+        Ok(())
     }
 
     /// Takes the gate for the handler. Messages are read and acted on while this is held.
@@ -311,6 +335,8 @@ impl Handling<'_> {
             }
             Event::Unmap { start, end } => {
                 self.mark_gone(&(start..end));
+                self.flights.rare.lock().unmapped.push(start..end);
+                self.flights.any_rare.store(true, R);
                 None
             }
             Event::Remap { from, to, len } => {

@@ -23,7 +23,7 @@ const MESSAGES: usize = 32;
 pub(crate) fn serve(ctx: &Context, stop: &Signal) {
     let mut messages = [RawMsg::EMPTY; MESSAGES];
     loop {
-        match wait_readable(&ctx.regions, stop.as_raw_fd()) {
+        match wait_readable(&ctx.uffd, stop.as_raw_fd()) {
             Ok(true) => {}
             Ok(false) => return,
             Err(errno) => {
@@ -34,7 +34,7 @@ pub(crate) fn serve(ctx: &Context, stop: &Signal) {
         let handling = ctx.flights.handler();
         // EAGAIN: whoever waited was woken by an attach. Anything else is tried again at the next
         // turn: the messages are still there.
-        let Ok(count) = ctx.sys.read_events(&ctx.regions, &mut messages) else { continue };
+        let Ok(count) = ctx.sys.read_events(&ctx.uffd, &mut messages) else { continue };
         for message in &messages[..count] {
             let Some(event) = message.decode() else { continue };
             if let Some((page, verdict)) = handling.on(event, |range| last_present(ctx, range)) {
@@ -45,7 +45,7 @@ pub(crate) fn serve(ctx: &Context, stop: &Signal) {
 }
 
 fn resolve(ctx: &Context, page: usize, verdict: Verdict) {
-    let (sys, fd) = (&ctx.sys, &ctx.regions);
+    let (sys, fd) = (&ctx.sys, &ctx.uffd);
     let huge = page & !(HUGE - 1);
     let resolved = match verdict {
         Verdict::Wait => return,

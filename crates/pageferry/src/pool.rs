@@ -32,6 +32,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+/// Tries of a call that may fail for a passing reason.
+const TRIES: u32 = 8;
 /// Extents in flight at most, beyond those of the budget.
 const IN_FLIGHT: usize = 128;
 
@@ -53,6 +55,9 @@ pub(crate) struct Extent {
     pub(crate) split: bool,
     /// A device may still write to it: it is never used or freed again.
     pub(crate) lost: bool,
+    /// With the userfaultfd, as it must be to take pages out to it. It is not while frames are
+    /// freed: `madvise` in a registered range is an event that somebody must read first.
+    registered: bool,
     rested: Instant,
 }
 
@@ -85,8 +90,8 @@ struct Arena {
 
 #[derive(Debug, Default)]
 struct ArenaState {
-    /// Empty extents, by address.
-    empty: Vec<usize>,
+    /// Empty extents: address, and whether it is registered.
+    empty: Vec<(usize, bool)>,
     /// Populated extents, the longest rested first.
     rested: VecDeque<Extent>,
 }
@@ -120,7 +125,7 @@ pub(crate) struct PoolConfig {
 #[derive(Debug)]
 pub(crate) struct Pools {
     sys: Arc<dyn Sys>,
-    pub(crate) uffd: Uffd,
+    uffd: Arc<Uffd>,
     pagemap: Pagemap,
     config: PoolConfig,
     arenas: Mutex<Vec<Arc<Arena>>>,
@@ -143,7 +148,11 @@ pub(crate) enum Source {
 }
 
 impl Pools {
-    pub(crate) fn new(sys: Arc<dyn Sys>, uffd: Uffd, config: PoolConfig) -> Result<Self, Errno> {
+    pub(crate) fn new(
+        sys: Arc<dyn Sys>,
+        uffd: Arc<Uffd>,
+        config: PoolConfig,
+    ) -> Result<Self, Errno> {
         Ok(Self {
             sys,
             uffd,
@@ -206,14 +215,14 @@ impl Pools {
             let _ = unsafe { self.sys.unmap(start, len) };
             return Err(Shortage::Memory);
         }
-        let empty = (0..extents).rev().map(|i| start + i * HUGE).collect();
+        let empty = (0..extents).rev().map(|i| (start + i * HUGE, false)).collect();
         let state = Mutex::new(ArenaState { empty, rested: VecDeque::with_capacity(extents) });
         let arena = Arc::new(Arena { node, size, start, len, state });
         arenas.push(Arc::clone(&arena));
         Ok(arena)
     }
 
-    /// Advice, policy and registration of new pool address space.
+    /// Advice and policy of new pool address space.
     fn prepare(&self, start: usize, len: usize, node: u32, size: FolioSize) -> Result<(), Errno> {
         let folios = match size {
             FolioSize::Base => Advice::NoHugePage,
@@ -229,21 +238,40 @@ impl Pools {
         if self.config.nodes.len() > 1 {
             self.sys.prefer_node(start, len, node)?;
         }
-        self.sys.register(&self.uffd, start, len, Modes::WP)
+        Ok(())
     }
 
     /// An extent to take pages of `node` out to.
     pub(crate) fn take_empty(&self, node: u32, size: FolioSize) -> Result<Extent, Shortage> {
+        let mut extent = self.take_slot(node, size)?;
+        let mut tries = 0;
+        while !extent.registered {
+            match self.sys.register(&self.uffd, extent.addr, HUGE, Modes::WP) {
+                Ok(()) => extent.registered = true,
+                Err(_) if tries < TRIES => {
+                    crate::berth::back_off(tries);
+                    tries += 1;
+                }
+                Err(_) => {
+                    self.shelve(extent);
+                    return Err(Shortage::Memory);
+                }
+            }
+        }
+        Ok(extent)
+    }
+
+    fn take_slot(&self, node: u32, size: FolioSize) -> Result<Extent, Shortage> {
         let arena = self.arena(node, size)?;
         let mut state = arena.state.lock();
-        let addr = match state.empty.pop() {
-            Some(addr) => addr,
+        let (addr, registered) = match state.empty.pop() {
+            Some(found) => found,
             None => {
                 // All address space holds frames: empty the one that rested longest.
                 let mut extent = state.rested.pop_front().ok_or(Shortage::Budget)?;
                 drop(state);
                 self.empty(&mut extent).map_err(|_| Shortage::Memory)?;
-                extent.addr
+                (extent.addr, extent.registered)
             }
         };
         Ok(Extent {
@@ -256,6 +284,7 @@ impl Pools {
             mixed: false,
             split: false,
             lost: false,
+            registered,
             rested: Instant::now(),
         })
     }
@@ -388,7 +417,7 @@ impl Pools {
     }
 
     fn populate(&self, node: u32, size: FolioSize, pages: usize) -> Result<Extent, Shortage> {
-        let mut extent = self.take_empty(node, size)?;
+        let mut extent = self.take_slot(node, size)?;
         let len = pages * pageferry_sys::page_size();
         // SAFETY: the extent is ours and empty; populating gives it zero pages.
         let populated = unsafe { self.sys.advise(extent.addr, len, Advice::PopulateWrite) };
@@ -404,7 +433,7 @@ impl Pools {
         };
         match good {
             Ok(n) if n == pages => Ok(extent),
-            Ok(n) if n > 0 && size == FolioSize::Base => {
+            Ok(n) if n > 0 && size == FolioSize::Base && !extent.registered => {
                 let (start, rest) = (extent.page(n), len - n * pageferry_sys::page_size());
                 // SAFETY: frames of ours that hold nothing yet.
                 if unsafe { self.sys.advise(start, rest, Advice::DontNeed) }.is_err() {
@@ -486,7 +515,7 @@ impl Pools {
 
     fn shelve(&self, extent: Extent) {
         if let Ok(arena) = self.arena(extent.node, extent.size) {
-            arena.state.lock().empty.push(extent.addr);
+            arena.state.lock().empty.push((extent.addr, extent.registered));
         }
     }
 
@@ -500,8 +529,13 @@ impl Pools {
     fn empty_uncounted(&self, extent: &mut Extent) -> Result<(), Errno> {
         let mut tries = 0;
         loop {
+            let unregistered = match extent.registered {
+                true => self.sys.unregister(&self.uffd, extent.addr, HUGE),
+                false => Ok(()),
+            };
+            extent.registered &= unregistered.is_err();
             // SAFETY: the extent is owned, and nothing in it is wanted any more.
-            let result = unsafe {
+            let result = unregistered.and_then(|()| unsafe {
                 if extent.split {
                     self.sys
                         .map_over(extent.addr, HUGE)
@@ -509,11 +543,14 @@ impl Pools {
                 } else {
                     self.sys.advise(extent.addr, HUGE, Advice::DontNeed)
                 }
-            };
+            });
             match result {
                 Ok(()) => break,
-                Err(e) if tries == 8 => return Err(e),
-                Err(_) => tries += 1,
+                Err(e) if tries == TRIES => return Err(e),
+                Err(_) => {
+                    crate::berth::back_off(tries);
+                    tries += 1;
+                }
             }
         }
         extent.lo = 0;
@@ -562,8 +599,11 @@ impl Drop for Pools {
             return;
         }
         for arena in self.arenas.get_mut().drain(..) {
-            // SAFETY: the engine is going: no transaction holds an extent, and no device.
-            let _ = unsafe { self.sys.unmap(arena.start, arena.len) };
+            // Nobody reads events any more, and unmapping what is registered would wait for that.
+            if self.sys.unregister(&self.uffd, arena.start, arena.len).is_ok() {
+                // SAFETY: the engine is going: no transaction holds an extent, and no device.
+                let _ = unsafe { self.sys.unmap(arena.start, arena.len) };
+            }
         }
     }
 }

@@ -25,7 +25,14 @@ pub(crate) fn what_move_does(ctx: &Context) -> Result<(), BuildError> {
     let resource = |source| BuildError::Resource { what: "two pages to try UFFDIO_MOVE", source };
     let start = ctx.sys.map(2 * page, page).map_err(resource)?;
     let tried = try_move(ctx, start, page);
-    // SAFETY: mapped above, known to nobody else; unmapping also unregisters.
+    // Nobody reads events yet, and unmapping what is registered would wait for that.
+    let registered = ctx.sys.unregister(&ctx.uffd, start, 2 * page);
+    if let Err(errno) = registered
+        && tried.is_ok()
+    {
+        return Err(resource(errno));
+    }
+    // SAFETY: mapped above, known to nobody else.
     let _ = unsafe { ctx.sys.unmap(start, 2 * page) };
     let keeps = tried.map_err(BuildError::KernelTooOld)?;
     ctx.move_keeps_protection.store(keeps, Ordering::Relaxed);
@@ -33,7 +40,7 @@ pub(crate) fn what_move_does(ctx: &Context) -> Result<(), BuildError> {
 }
 
 fn try_move(ctx: &Context, start: usize, page: usize) -> Result<bool, Errno> {
-    let (sys, fd) = (&ctx.sys, &ctx.pools.uffd);
+    let (sys, fd) = (&ctx.sys, ctx.uffd.as_ref());
     // SAFETY: the range is this function's own.
     unsafe {
         sys.advise(start, 2 * page, Advice::NoHugePage).or_else(|e| match e {

@@ -9,6 +9,7 @@ use crate::policy::{DEFAULT_STALL_BUDGET, Wish};
 use crate::region::{IoPins, Region};
 use crate::report::{Division, Order, Report};
 use crate::units::{normalize, overlap};
+use pageferry_copy::cpu::CHUNK;
 use pageferry_copy::{CopyEngine, CpuEngine, Kernel};
 use pageferry_sys::page_size;
 use pageferry_sys::uffd::Rights;
@@ -268,9 +269,12 @@ impl Move {
         let total = legs.iter().flat_map(|l| &l.ranges).map(|r| r.len() as u64).sum();
         let control =
             Arc::new(Control { cancel: AtomicBool::new(false), done: AtomicU64::new(0), total });
-        let cpu = match self.kernel {
-            Some(kernel) => Arc::new(CpuEngine::new(kernel, Arc::clone(inner.cpu.pool()))),
-            None => Arc::clone(&inner.cpu),
+        let kernel = self.kernel.unwrap_or(inner.cpu.kernel());
+        let cpu = if kernel == inner.cpu.kernel() && threads == inner.threads {
+            Arc::clone(&inner.cpu)
+        } else {
+            let workers = Arc::clone(inner.cpu.pool());
+            Arc::new(CpuEngine::with_limits(kernel, workers, threads - 1, CHUNK))
         };
         let job = Job {
             ctx: Arc::clone(&inner.ctx),

@@ -120,6 +120,8 @@ pub(super) struct Account {
     live: u64,
     division: Option<Division>,
     engine: String,
+    repairs: u64,
+    fallbacks: u64,
     /// Why pages stayed, and how many bytes of them.
     stayed: Vec<(String, u64)>,
 }
@@ -135,6 +137,8 @@ impl Account {
             live: 0,
             division: None,
             engine: String::new(),
+            repairs: 0,
+            fallbacks: 0,
             stayed: Vec::new(),
         })
     }
@@ -148,6 +152,8 @@ impl Account {
         self.live += report.batches_live;
         self.division = Some(report.division);
         self.engine.clone_from(&report.engine);
+        self.repairs += report.repairs;
+        self.fallbacks += report.fallbacks;
         for (outcome, bytes) in report.by_outcome() {
             if outcome != pageferry::Outcome::Moved {
                 let name = outcome.to_string();
@@ -183,6 +189,12 @@ impl Account {
         run.hole_us = self.holes.quantiles();
         if self.bytes > 0 {
             run.cpu_s_per_gib = Some(self.cpu.as_secs_f64() / (self.bytes as f64 / stats::GIB));
+        }
+        if self.repairs > 0 {
+            add_note(run, format!("{} pages copied again", self.repairs));
+        }
+        if self.fallbacks > 0 {
+            add_note(run, format!("{} pages placed another way than asked for", self.fallbacks));
         }
         for (why, bytes) in &self.stayed {
             add_note(run, format!("{bytes} bytes not moved: {why}"));

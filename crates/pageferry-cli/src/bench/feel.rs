@@ -224,8 +224,8 @@ fn write(
         let index = owned.index(page);
         let expected = owned.expected(page, &content);
         let next = owned.next(page, &content);
-        // The write first finds the page cold, protected or away; the check comes after it is
-        // written again, so the old value is read within the same timed access.
+        // Reading back and writing are one access: the read finds the page cold or away, the
+        // write finds it protected.
         let began = Instant::now();
         let found = words.load(index);
         words.store(index, next);

@@ -18,7 +18,7 @@ use pageferry::{BuildError, Engine, EngineBuilder, FolioSize, Folios, IoPins, Re
 use pageferry_copy::{CopyEngine, CpuEngine, Kernel, WorkerPool};
 use pageferry_topology::NodeId;
 
-use super::content::{Content, PAGE_WORDS};
+use super::content::Content;
 use super::plan::{Plan, Scenario};
 use super::probe::{WORD, Words};
 use super::schema::{Results, Run, Skipped};
@@ -296,11 +296,6 @@ impl Field {
     /// Reads back all of it.
     pub(super) fn check_all(&self) -> Result<(), Trouble> {
         self.check(0..self.region.len())
-    }
-
-    /// Its pages.
-    pub(super) fn pages(&self) -> usize {
-        self.region.len() / WORD / PAGE_WORDS
     }
 
     /// What its words hold.

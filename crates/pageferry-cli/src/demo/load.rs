@@ -188,9 +188,13 @@ impl<'a, A: Allocator + Clone + Send + Sync> Load<'a, A> {
             let mut tally = Tally::new()?;
             // The threads end however `main` ends.
             let end = Stop(self);
-            let threads: Vec<_> = (0..queries + updates)
-                .map(|thread| scope.spawn(move || self.work(thread, thread >= queries)))
-                .collect();
+            let mut threads = Vec::with_capacity(queries + updates);
+            for thread in 0..queries + updates {
+                let is_update = thread >= queries;
+                let name = if is_update { "demo-update" } else { "demo-query" };
+                let builder = std::thread::Builder::new().name(name.to_owned());
+                threads.push(builder.spawn_scoped(scope, move || self.work(thread, is_update))?);
+            }
             let result = main();
             drop(end);
             for thread in threads {

@@ -21,15 +21,15 @@ pub(super) fn text_bytes(size: u64) -> u64 {
 }
 
 /// Bytes of address space for an index of `size` bytes: its tables and lists grow by doubling, and
-/// the old one is there while the new one fills.
+/// what they leave behind serves only others of the same size.
 pub(super) fn region_bytes(size: u64) -> u64 {
-    (size + size / 2).next_multiple_of(2 * MIB)
+    (size * 2).next_multiple_of(2 * MIB)
 }
 
-/// Memory needed for an index of `size` bytes: it, its reference, what either wants for a moment
-/// while it grows, and the words of the text.
+/// Memory needed for an index of `size` bytes: it and its reference, each with half as much again
+/// for what growing leaves behind, and the words of the text.
 fn needed(size: u64) -> u64 {
-    region_bytes(size) + size + size / 2 + BESIDES
+    2 * (size + size / 2) + size / 2 + BESIDES
 }
 
 /// The size of the index: what was asked for, or what this machine's memory suggests.

@@ -89,7 +89,7 @@ enum FolioKind {
     Base,
     /// 2 MiB pages where the kernel has them
     Huge,
-    /// The first half huge, the second half base
+    /// Both: half of the index in huge pages, half in base pages
     Mixed,
 }
 
@@ -98,7 +98,7 @@ impl FolioKind {
         match self {
             Self::Base => "base pages",
             Self::Huge => "huge pages where the kernel has them",
-            Self::Mixed => "huge pages in the first half, base pages in the second",
+            Self::Mixed => "huge pages (where the kernel has them) and base pages",
         }
     }
 }
@@ -129,6 +129,7 @@ pub(crate) fn run(args: DemoArgs, context: &Context) -> anyhow::Result<Exit> {
     let load = Load::new(&twin, &corpus);
     let (moved, tally) =
         load.run(queries, UPDATES, || rounds(&load, &mut mover, args.seconds, &stage))?;
+    stage.bar.finish_and_clear();
     moved?;
 
     stage.begin("comparing all of the index", 0);
@@ -249,8 +250,8 @@ fn map(engine: &Engine, size: u64, route: Route, folios: FolioKind) -> anyhow::R
     let options = engine.map(bytes).folios(whole).prefer(route.home()).io_pins(IoPins::Never);
     let region = options.build()?;
     if let FolioKind::Mixed = folios {
-        // The allocator fills the region from the front, to two thirds of it.
-        let half = (bytes / 3).next_multiple_of(pageferry::HUGE);
+        // The allocator fills the region from the front, and an index takes about half of it.
+        let half = (bytes / 4).next_multiple_of(pageferry::HUGE);
         region.advise(0..half, Folios::Huge)?;
         region.advise(half..bytes, Folios::Base)?;
     }

@@ -354,7 +354,7 @@ mod tests {
 
     #[test]
     fn quantiles_are_those_of_the_histogram() -> Result<(), hdrhistogram::CreationError> {
-        let mut histogram = Histogram::<u64>::new(3)?;
+        let mut histogram = Histogram::new_with_bounds(1, 10_000_000, 3)?;
         assert_eq!(Latency::new(&histogram), None);
         (1..=1000u64).for_each(|us| histogram.saturating_record(us * 1000));
         let Some(latency) = Latency::new(&histogram) else { panic!("not empty") };

@@ -46,7 +46,7 @@ const QUEUE_DEPTH: usize = 64;
 /// Largest chunk in bytes. Measured on two Zen 4 cores with 2 MiB batches, chunks of 64 to
 /// 512 KiB are alike within the noise and 16 KiB costs a tenth to a quarter; with larger chunks
 /// one copier waits longer for the other's last.
-const CHUNK: usize = 128 << 10;
+pub const CHUNK: usize = 128 << 10;
 /// Smallest chunk in bytes.
 const CHUNK_MIN: usize = 32 << 10;
 /// Chunks per copier that a batch is cut into, if they are not too small then.

@@ -5,8 +5,8 @@
 //! `UFFDIO_COPY`; unless the program has discarded or unmapped it.
 
 use super::{Berth, back_off, clear, set};
-use crate::flight::bit;
-use crate::report::Outcome;
+use crate::flight::{MAX_PAGES, bit};
+use crate::report::{Outcome, Shortage};
 use crate::tally::Tally;
 use pageferry_sys::uffd::Progress;
 use pageferry_sys::{Errno, page_size};
@@ -18,6 +18,10 @@ impl Berth<'_> {
     /// page of the piece is out.
     /// Returns how long the hole lasted.
     pub(crate) fn attach(&mut self, piece: Range<usize>, tally: &mut Tally) -> Duration {
+        // Where the kernel allocates, this thread's policy decides on which node.
+        let one_node = self.ctx.pools.has_one_node();
+        let _policy = (self.kernel_copy && !one_node)
+            .then(|| pageferry_sys::mm::PreferringNode::new(self.seg().to));
         let mut page = piece.start;
         while page < piece.end {
             if !bit(&self.out, page) {
@@ -35,10 +39,32 @@ impl Berth<'_> {
         let hole = self.hole_since.take().map_or(Duration::ZERO, |since| since.elapsed());
         tally.holes.record(hole);
         self.fork_hold = None;
+        if self.kernel_copy && !one_node {
+            self.check_nodes(piece);
+        }
         if tally.first_folio.is_none() {
             tally.first_folio = Some(Instant::now());
         }
         hole
+    }
+
+    /// Pages that the kernel allocated elsewhere, because the node was full or the mapping has
+    /// another policy, did not get where they were to go.
+    fn check_nodes(&mut self, piece: Range<usize>) {
+        let mut pages = [0; MAX_PAGES];
+        let mut nodes = [-1; MAX_PAGES];
+        let count = piece.len();
+        for (address, page) in pages.iter_mut().zip(piece.clone()) {
+            *address = self.addr(page);
+        }
+        let asked = self.ctx.sys.page_nodes(&pages[..count], &mut nodes[..count]);
+        let wanted = i32::try_from(self.seg().to).unwrap_or(-1);
+        for (page, node) in piece.zip(nodes) {
+            let there = asked.is_ok() && (node == wanted || node < 0);
+            if self.outcome[page] == Outcome::Moved && !there {
+                self.outcome[page] = Outcome::NoFrame(Shortage::Node);
+            }
+        }
     }
 
     /// Moves frames (or the originals, if `keep`) into the holes of `run`.
@@ -49,7 +75,7 @@ impl Berth<'_> {
             let detours = self.ctx.flights.has_detours();
             let (step, gone) = {
                 let flight = self.flight.as_ref().expect("opened before attach");
-                self.ctx.flights.attach(flight, |gone| {
+                self.ctx.flights.with_gone(flight, |gone| {
                     let is_gone = |i: usize| gone.is_some_and(|g| bit(g, i));
                     let first = is_gone(page);
                     let mut end = page + 1;
@@ -66,13 +92,12 @@ impl Berth<'_> {
                         let (sys, src) = (&self.ctx.sys, self.slot(page));
                         // SAFETY: the destination is the hole that these pages left, the source
                         // their slots.
-                        return (unsafe { sys.copy_in(&self.ctx.regions, dst, src, len) }, false);
+                        return (unsafe { sys.copy_in(&self.ctx.uffd, dst, src, len) }, false);
                     }
                     let src = if keep { self.slot(page) } else { self.frame(page) };
                     // SAFETY: the destination is the hole that these pages left; the source is
                     // ours.
-                    let moved =
-                        unsafe { self.ctx.sys.move_range(&self.ctx.regions, dst, src, len) };
+                    let moved = unsafe { self.ctx.sys.move_range(&self.ctx.uffd, dst, src, len) };
                     (moved, false)
                 })
             };
@@ -122,7 +147,7 @@ impl Berth<'_> {
         let original = keep || self.kernel_copy;
         let src = if original { self.slot(page) } else { self.frame(page) };
         // SAFETY: the destination is the hole that this page left; the source is ours.
-        let copied = unsafe { self.ctx.sys.copy_in(&self.ctx.regions, home, src, page_size()) };
+        let copied = unsafe { self.ctx.sys.copy_in(&self.ctx.uffd, home, src, page_size()) };
         match copied.error {
             None => {
                 let outcome = if keep { Outcome::CopyFailed } else { Outcome::Moved };
@@ -138,7 +163,7 @@ impl Berth<'_> {
             // The source cannot be read: a memory error. What the program must feel is SIGBUS,
             // not a page of zeros.
             Some(Errno(libc::EFAULT | libc::EHWPOISON)) if keep => {
-                let marked = self.ctx.sys.poison(&self.ctx.regions, home, page_size());
+                let marked = self.ctx.sys.poison(&self.ctx.uffd, home, page_size());
                 let settled = marked.error.is_none();
                 if settled {
                     self.settle(page..page + 1, Outcome::CopyFailed, true, false);

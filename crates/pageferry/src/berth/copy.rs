@@ -13,33 +13,26 @@ use pageferry_sys::page_size;
 use std::ops::Range;
 
 impl Berth<'_> {
-    /// The copies of this batch: from the region while it is still there (live), else from the
-    /// slots (frozen).
-    pub(crate) fn fill_batch(&self) -> bool {
-        match self.order {
-            Order::Live => {
-                let op = CopyOp { dst: self.frame(0), src: self.addr(0), len: self.bytes() };
-                self.batch.fill([op]).is_ok()
+    /// The copies of this batch, of at most `longest` bytes each: from the region while the pages
+    /// are still there (live), else from the slots (frozen). False: they do not fit the batch.
+    pub(crate) fn fill_batch(&self, longest: usize) -> bool {
+        let longest = (longest / page_size()).clamp(1, MAX_PAGES);
+        let live = self.order == Order::Live;
+        let wanted = |page: usize| live || bit(&self.out, page);
+        let mut page = 0;
+        let ops = std::iter::from_fn(|| {
+            while page < self.pages && !wanted(page) {
+                page += 1;
             }
-            Order::Frozen => {
-                let mut page = 0;
-                let ops = std::iter::from_fn(|| {
-                    while page < self.pages && !bit(&self.out, page) {
-                        page += 1;
-                    }
-                    let from = page;
-                    while page < self.pages && bit(&self.out, page) {
-                        page += 1;
-                    }
-                    (from < page).then(|| CopyOp {
-                        dst: self.frame(from),
-                        src: self.slot(from),
-                        len: (page - from) * page_size(),
-                    })
-                });
-                self.batch.fill(ops).is_ok()
+            let from = page;
+            while page < self.pages && page - from < longest && wanted(page) {
+                page += 1;
             }
-        }
+            let src = if live { self.addr(from) } else { self.slot(from) };
+            let len = (page - from) * page_size();
+            (len > 0).then(|| CopyOp { dst: self.frame(from), src, len })
+        });
+        self.batch.fill(ops).is_ok()
     }
 
     /// Copies here and now, with the engine's CPU kernel.

@@ -4,10 +4,11 @@
 //! and stays.
 
 use super::{Berth, DETACH_TRIES, TURN, back_off, is_empty, set};
-use crate::flight::MAX_PAGES;
+use crate::flight::{MAX_PAGES, bit};
 use crate::pool::pages_per_extent;
 use crate::report::{Busy, Outcome};
 use crate::units::FolioSize;
+use pageferry_sys::uffd::Progress;
 use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
 use std::time::Instant;
@@ -18,7 +19,7 @@ impl Berth<'_> {
         let mut tries = 0;
         loop {
             let range = &self.seg().range;
-            match self.ctx.sys.protect(&self.ctx.regions, range.start, range.len()) {
+            match self.ctx.sys.protect(&self.ctx.uffd, range.start, range.len()) {
                 Ok(()) => return Ok(()),
                 Err(Errno(libc::EAGAIN | libc::EINTR | libc::ENOMEM)) if tries < DETACH_TRIES => {
                     back_off(tries);
@@ -48,10 +49,10 @@ impl Berth<'_> {
         let mut tries = 0;
         while page < piece.end {
             let count = limit.min(piece.end - page);
-            let (dst, src) = (self.slot(page), self.addr(page));
-            // SAFETY: the slots are ours and empty; whoever uses the pages waits at the hole.
-            let progress = unsafe {
-                self.ctx.sys.move_range(&self.ctx.pools.uffd, dst, src, count * page_size())
+            let Some(progress) = self.take_out(page, count) else {
+                self.outcome[page] = Outcome::Gone;
+                page += 1;
+                continue;
             };
             let moved = progress.done / page_size();
             if moved > 0 {
@@ -106,6 +107,27 @@ impl Berth<'_> {
                 }
             }
         }
+    }
+
+    /// Moves pages to their slots, up to `count`. `None`: the program has given this page up, or
+    /// moved it away.
+    fn take_out(&self, page: usize, count: usize) -> Option<Progress> {
+        let flight = self.flight.as_ref()?;
+        let detours = self.ctx.flights.has_detours();
+        self.ctx.flights.with_gone(flight, |gone| {
+            let is_gone = |i: usize| {
+                gone.is_some_and(|g| bit(g, i))
+                    || detours && self.ctx.flights.home_of(self.addr(i)) != self.addr(i)
+            };
+            if is_gone(page) {
+                return None;
+            }
+            let count = (page..page + count).take_while(|&i| !is_gone(i)).count();
+            let (dst, src) = (self.slot(page), self.addr(page));
+            // SAFETY: the slots are ours and empty; whoever uses the pages waits at the hole; and
+            // the range is still the one that was registered (see `flight`, property 4).
+            Some(unsafe { self.ctx.sys.move_range(&self.ctx.uffd, dst, src, count * page_size()) })
+        })
     }
 
     fn why_busy(&self, page: usize) -> Outcome {

@@ -156,6 +156,11 @@ impl<'c> Berth<'c> {
     pub(crate) fn kernel_copies(&self) -> bool {
         self.kernel_copy
     }
+    /// Whether frames of this kind are at hand.
+    pub(crate) fn has_frames(&self, node: u32, size: FolioSize) -> bool {
+        let fits = |e: &Extent| e.frames() > 0 && !e.lost && e.node == node && e.size == size;
+        self.frames.as_ref().is_some_and(fits)
+    }
     pub(crate) fn set_nested(&mut self, nested: bool) {
         self.nested = nested;
     }
@@ -244,9 +249,13 @@ impl<'c> Berth<'c> {
                     back_off(tries);
                     tries += 1;
                 }
-                Err(Refused::Quarantined) => {
-                    self.outcome[..self.pages].fill(Outcome::Busy(Busy::Discarding));
-                    self.close(tally);
+                Err(why) => {
+                    let outcome = match why {
+                        Refused::Unmapped => Outcome::Gone,
+                        _ => Outcome::Busy(Busy::Discarding),
+                    };
+                    self.outcome[..self.pages].fill(outcome);
+                    self.pages_not_taken(tally);
                     return false;
                 }
             }
@@ -284,7 +293,7 @@ impl<'c> Berth<'c> {
         {
             let mut tries = 0;
             while tries < DETACH_TRIES {
-                let woken = self.ctx.sys.wake(&self.ctx.regions, range.start, range.len());
+                let woken = self.ctx.sys.wake(&self.ctx.uffd, range.start, range.len());
                 if woken.is_ok() {
                     break;
                 }
@@ -293,24 +302,36 @@ impl<'c> Berth<'c> {
             }
         }
         self.advance(&range, segment.size);
+        match self.order {
+            Order::Live => tally.live += 1,
+            Order::Frozen => tally.frozen += 1,
+        }
+        self.account(&segment, tally);
+    }
+
+    /// The segment was refused as a whole: nothing of it was touched.
+    fn pages_not_taken(&mut self, tally: &mut Tally) {
+        if let Some(segment) = self.segment.take() {
+            self.account(&segment, tally);
+        }
+    }
+
+    fn account(&mut self, segment: &Segment, tally: &mut Tally) {
         let mut page = 0;
         while page < self.pages {
             let outcome = self.outcome[page];
             let same = self.outcome[page..self.pages].iter().take_while(|o| **o == outcome);
             let end = page + same.count();
-            let part = range.start + page * page_size()..range.start + end * page_size();
+            let at = |page: usize| segment.range.start + page * page_size();
+            let range = at(page)..at(end);
             page = end;
             let passing =
                 matches!(outcome, Outcome::Busy(Busy::Pinned | Busy::Contended | Busy::Discarding));
             if passing && !segment.again {
-                tally.again.push(Segment { range: part, ..segment.clone() });
+                tally.again.push(Segment { range, ..segment.clone() });
             } else {
-                tally.outcome(part, outcome);
+                tally.outcome(range, outcome);
             }
-        }
-        match self.order {
-            Order::Live => tally.live += 1,
-            Order::Frozen => tally.frozen += 1,
         }
         self.pages = 0;
     }
@@ -321,7 +342,7 @@ impl<'c> Berth<'c> {
 
     fn unprotect(&self, range: &Range<usize>) {
         for tries in 0..DETACH_TRIES {
-            match self.ctx.sys.unprotect(&self.ctx.regions, range.start, range.len()) {
+            match self.ctx.sys.unprotect(&self.ctx.uffd, range.start, range.len()) {
                 // Unmapped meanwhile: nothing to lift. What is left otherwise is lifted by the
                 // handler at the next write, and by the end of the move.
                 Ok(()) | Err(Errno(libc::ENOENT | libc::EINVAL)) => return,
@@ -332,8 +353,9 @@ impl<'c> Berth<'c> {
 
     /// Marks the extents as used up to the last page that changed places.
     fn advance(&mut self, range: &Range<usize>, size: FolioSize) {
-        let changed =
-            |o: &Outcome| matches!(o, Outcome::Moved | Outcome::CopyFailed | Outcome::Gone);
+        let changed = |o: &Outcome| {
+            matches!(o, Outcome::Moved | Outcome::CopyFailed | Outcome::Gone | Outcome::NoFrame(_))
+        };
         let used = self.outcome[..self.pages].iter().rposition(changed).map_or(0, |last| last + 1);
         let gaps = self.outcome[..used].iter().any(|o| *o != Outcome::Moved);
         if let Some(frames) = self.frames.as_mut().filter(|_| !self.kernel_copy) {
@@ -351,7 +373,7 @@ impl<'c> Berth<'c> {
         empties.split |= size == FolioSize::Huge && gaps;
         if self.order == Order::Live && used > 0 && self.keeps_protection() {
             let len = used * page_size();
-            if self.ctx.sys.unprotect(&self.ctx.pools.uffd, first, len).is_err() {
+            if self.ctx.sys.unprotect(&self.ctx.uffd, first, len).is_err() {
                 // Frames that cannot be written are freed, not used.
                 self.empties.iter_mut().for_each(|e| e.mixed = true);
             }
@@ -379,7 +401,10 @@ impl<'c> Berth<'c> {
 
 impl Drop for Berth<'_> {
     fn drop(&mut self) {
-        // Reached with pages out only by a panic.
+        // Reached with pages out, or with copies under way, only by a panic.
+        if self.batch.is_submitted() && !self.batch.wait_timeout(Duration::from_secs(10)) {
+            self.abandon();
+        }
         let mut tally = Tally::new();
         self.close(&mut tally);
         self.retire(Source::FreshOnly);

@@ -3,10 +3,13 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
+pub mod siege;
+
 use pageferry::{Engine, EngineBuilder, Region};
 use pageferry_sys::page_size;
 use pageferry_sys::pagemap::{Entry, Pagemap};
 use pageferry_topology::NodeId;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -78,10 +81,13 @@ pub struct Racers {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<u64>>,
     rounds: Arc<Vec<AtomicU64>>,
+    /// The first words of the lines of 64 words that they use.
+    lines: Arc<Vec<usize>>,
     region: Arc<Region>,
 }
 
-fn next(state: &mut u64) -> u64 {
+/// Xorshift64.
+pub fn next(state: &mut u64) -> u64 {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;
@@ -91,13 +97,26 @@ fn next(state: &mut u64) -> u64 {
 impl Racers {
     /// Starts them on the whole region, which `fill` has filled. One word in 64 is written.
     pub fn start(region: &Arc<Region>, readers: usize, writers: usize) -> Self {
+        Self::start_on(region, &[0..region.len()], readers, writers)
+    }
+
+    /// Starts them on parts of a region (bytes from its start).
+    pub fn start_on(
+        region: &Arc<Region>,
+        parts: &[Range<usize>],
+        readers: usize,
+        writers: usize,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let owned = region.len() / 512;
+        let lines: Vec<usize> =
+            parts.iter().flat_map(|p| (p.start / 8..p.end / 8).step_by(64)).collect();
+        let owned = lines.len();
+        let lines = Arc::new(lines);
         let rounds: Arc<Vec<_>> = Arc::new((0..owned).map(|_| AtomicU64::new(0)).collect());
         let mut threads = Vec::new();
         for id in 0..readers + writers {
-            let (stop, region, rounds) =
-                (Arc::clone(&stop), Arc::clone(region), Arc::clone(&rounds));
+            let (stop, region, rounds, lines) =
+                (Arc::clone(&stop), Arc::clone(region), Arc::clone(&rounds), Arc::clone(&lines));
             threads.push(std::thread::spawn(move || {
                 let mut seed = 0x1234_5678_9ABC_DEF1 ^ (id as u64) << 32;
                 let mut done = 0;
@@ -108,14 +127,14 @@ impl Racers {
                         if pick >= owned {
                             continue;
                         }
-                        let (i, round) = (pick * 64, rounds[pick].load(Ordering::Relaxed));
+                        let (i, round) = (lines[pick], rounds[pick].load(Ordering::Relaxed));
                         let found = word(&region, i).load(Ordering::Relaxed);
                         assert_eq!(found, value(i, round), "own word {i}, round {round}");
                         word(&region, i).store(value(i, round + 1), Ordering::Relaxed);
                         rounds[pick].store(round + 1, Ordering::Relaxed);
                     } else {
                         let i =
-                            pick * 64 + 1 + usize::try_from(next(&mut seed) % 63).expect("small");
+                            lines[pick] + 1 + usize::try_from(next(&mut seed) % 63).expect("small");
                         let found = word(&region, i).load(Ordering::Relaxed);
                         assert_eq!(found, value(i, 0), "word {i} that nobody writes");
                     }
@@ -124,20 +143,22 @@ impl Racers {
                 done
             }));
         }
-        Self { stop, threads, rounds, region: Arc::clone(region) }
+        Self { stop, threads, rounds, lines, region: Arc::clone(region) }
     }
 
-    /// Ends them and scans the whole region; returns how many accesses there were.
+    /// Ends them and scans all their parts; returns how many accesses there were.
     pub fn finish(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         let mut done = 0;
         for thread in self.threads {
             done += thread.join().expect("every word was right");
         }
-        for i in 0..self.region.len() / 8 {
-            let round = if i % 64 == 0 { self.rounds[i / 64].load(Ordering::Relaxed) } else { 0 };
-            let found = word(&self.region, i).load(Ordering::Relaxed);
-            assert_eq!(found, value(i, round), "word {i} at the end");
+        for (line, &first) in self.lines.iter().enumerate() {
+            for i in first..first + 64 {
+                let round = if i == first { self.rounds[line].load(Ordering::Relaxed) } else { 0 };
+                let found = word(&self.region, i).load(Ordering::Relaxed);
+                assert_eq!(found, value(i, round), "word {i} at the end");
+            }
         }
         done
     }

@@ -1,0 +1,206 @@
+//! The demo as its users run it, with small corpora.
+
+use serde_json::Value;
+use std::error::Error;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+type Result = std::result::Result<(), Box<dyn Error>>;
+
+/// Whether this kernel lets this user watch page faults at all; says so if not.
+fn can_move() -> bool {
+    let offered = pageferry_sys::uffd::Uffd::offered(pageferry::Rights::UserModeOnly);
+    if let Err(errno) = &offered {
+        eprintln!("skipped: no userfaultfd here: {errno}");
+    }
+    offered.is_ok()
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
+    command.arg("demo").args(args);
+    command
+}
+
+fn demo(args: &[&str]) -> std::io::Result<Output> {
+    command(args).output()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A folder with a little text and something that is none.
+fn folder() -> std::io::Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    for i in 0..40 {
+        let text: String = (0..400)
+            .map(|j| format!("page {} of folio {} on node {}\n", j, i * j, i % 4))
+            .collect();
+        std::fs::write(folder.path().join(format!("{i}.txt")), text)?;
+    }
+    std::fs::write(folder.path().join("picture"), [0u8, 1, 2, 3])?;
+    Ok(folder)
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap_or_default()
+}
+
+/// Runs it for a second and checks what must be true of every report.
+fn report(extra: &[&str]) -> std::result::Result<Value, Box<dyn Error>> {
+    let folder = folder()?;
+    let mut args = vec![path(folder.path()), "--size", "6M", "--seconds", "1", "--json"];
+    args.extend(extra);
+    let output = demo(&args)?;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(report["text"]["files"], 40);
+    assert_eq!(report["text"]["not_text"], 1);
+    assert!(report["index"]["editions"].as_f64() > Some(1.0), "a small text goes in often");
+    assert!(report["index"]["bytes"].as_u64() >= Some(6 << 20), "{report}");
+    for way in ["moved", "one_folio_at_a_time"] {
+        assert!(report[way]["bytes"].as_u64() > Some(0), "{way}: {report}");
+    }
+    assert!(report["moved"]["bytes"].as_u64() >= report["index"]["bytes"].as_u64());
+    assert!(report["answers"]["compared"].as_u64() > Some(0));
+    assert_eq!(report["answers"]["differing"], 0, "{report}");
+    assert!(report["scan"]["positions"].as_u64() > Some(100_000));
+    assert_eq!(report["scan"]["differing"], 0, "{report}");
+    let pages = &report["physical_pages"];
+    if pages["hidden"] == false {
+        assert!(pages["changed"].as_u64() > Some(0), "{pages}");
+    }
+    assert_eq!(report["cancelled"], false);
+    Ok(report)
+}
+
+#[test]
+fn an_index_that_moves_answers_like_one_that_does_not() -> Result {
+    if can_move() {
+        report(&[])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn in_user_mode_only_form_it_does_the_same() -> Result {
+    if can_move() {
+        let report = report(&["--user-mode-only"])?;
+        assert_eq!(report["user_mode_only"], true);
+    }
+    Ok(())
+}
+
+#[test]
+fn huge_and_base_folios_in_one_region_move_together() -> Result {
+    if can_move() {
+        report(&["--folios", "mixed"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn people_get_a_report_on_stdout_and_no_progress_in_a_pipe() -> Result {
+    if !can_move() {
+        return Ok(());
+    }
+    let folder = folder()?;
+    let output = demo(&[path(folder.path()), "--size", "4M", "--seconds", "1"])?;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = String::from_utf8(output.stdout)?;
+    for line in ["text  ", "index  ", "region  ", "route  ", "queries felt", "updates felt"] {
+        assert!(text.lines().any(|l| l.starts_with(line)), "{line} in {text}");
+    }
+    assert_eq!(text.matches("none differs").count(), 2, "{text}");
+    assert!(!text.contains('\u{1b}'), "no escape sequences in a pipe");
+    let notices = String::from_utf8(output.stderr)?;
+    assert!(notices.lines().all(|l| l.starts_with("notice:")), "{notices}");
+    Ok(())
+}
+
+#[test]
+fn sigint_ends_it_with_a_report() -> Result {
+    if !can_move() {
+        return Ok(());
+    }
+    let folder = folder()?;
+    let args = [path(folder.path()), "--size", "4M", "--seconds", "600", "--json"];
+    let child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (pid, limit) = (child.id(), Instant::now() + Duration::from_secs(60));
+    while !has_thread(pid, "demo-update") && Instant::now() < limit {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Command::new("kill").args(["-INT", &pid.to_string()]).status()?;
+    let output = child.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(report["cancelled"], true);
+    assert_eq!(report["scan"]["differing"], 0);
+    Ok(())
+}
+
+fn has_thread(pid: u32, name: &str) -> bool {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let mut names = tasks.flatten().map(|t| std::fs::read_to_string(t.path().join("comm")));
+    names.any(|n| n.is_ok_and(|n| n.trim() == name))
+}
+
+/// Bad input is refused with what, why and what to do, and exit code 2.
+fn refused(args: &[&str], what: &str, because: &str) -> Result {
+    let output = demo(args)?;
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
+    assert!(output.stdout.is_empty(), "{args:?}");
+    assert!(said.contains(what), "{args:?}: {what} in {said}");
+    assert!(said.contains(because), "{args:?}: {because} in {said}");
+    assert!(said.contains("remedy:"), "{args:?}: {said}");
+    Ok(())
+}
+
+#[test]
+fn a_folder_that_cannot_be_indexed_is_refused() -> Result {
+    let folder = folder()?;
+    let missing = folder.path().join("missing");
+    refused(&[path(&missing)], path(&missing), "No such file or directory")?;
+    let file = folder.path().join("1.txt");
+    refused(&[path(&file)], path(&file), "not a folder")?;
+    refused(&["--folios", "giant"], "giant", "base, huge, mixed")
+}
+
+#[test]
+fn a_folder_without_text_is_refused() -> Result {
+    if !can_move() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    refused(&[path(folder.path())], "no text", "0 files are not text")?;
+    std::fs::write(folder.path().join("picture"), [0u8, 1, 2, 3])?;
+    std::fs::write(folder.path().join("dots"), "... --- ...")?;
+    refused(&[path(folder.path())], path(folder.path()), "1 files are not text")
+}
+
+#[test]
+fn nonsense_numbers_are_refused() -> Result {
+    for size in ["0", "1K", "lots", "12Q", "-1", "100G", "99999999999999999999"] {
+        refused(&[&format!("--size={size}")], "--size", size)?;
+    }
+    for seconds in ["0", "-1", "soon", "1000000000"] {
+        refused(&[&format!("--seconds={seconds}")], "--seconds", seconds)?;
+    }
+    refused(&["--threads=0"], "--threads", "0")?;
+    refused(&["/etc", "/usr"], "/usr", "unexpected")
+}
+
+#[test]
+fn more_memory_than_there_is_is_refused_with_a_size_that_fits() -> Result {
+    let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+    let total = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"));
+    let kib: Option<u64> = total.and_then(|t| t.trim().strip_suffix("kB")?.trim().parse().ok());
+    if kib.is_none_or(|kib| kib > 128 << 20) {
+        eprintln!("skipped: this machine may have memory for the largest index");
+        return Ok(());
+    }
+    refused(&["--size=64G"], "not enough memory for an index of 64 GiB", "available")
+}
