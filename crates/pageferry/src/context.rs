@@ -3,10 +3,12 @@
 use crate::flight::Flights;
 use crate::policy::Policy;
 use crate::pool::Pools;
+use pageferry_copy::CopyBatch;
 use pageferry_sys::Sys;
 use pageferry_sys::fork::Quiesce;
 use pageferry_sys::pagemap::Pagemap;
 use pageferry_sys::uffd::Uffd;
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -24,6 +26,8 @@ pub(crate) struct Context {
     pub(crate) pools: Pools,
     pub(crate) flights: Flights,
     pub(crate) pagemap: Pagemap,
+    /// Lists of copies that no batch uses now.
+    pub(crate) spare_batches: Mutex<Vec<Arc<CopyBatch>>>,
     pub(crate) policy: Policy,
     pub(crate) forks: crate::quiesce::ForkGate,
     /// This kernel keeps a page's write protection across `UFFDIO_MOVE` (found by trying it).

@@ -2,7 +2,7 @@
 
 use crate::context::Context;
 use crate::error::{BuildError, RegionError};
-use crate::flight::Flights;
+use crate::flight::{Flights, MAX_PAGES};
 use crate::job::Control;
 use crate::policy::Policy;
 use crate::pool::{PoolConfig, PoolStats, Pools};
@@ -265,6 +265,7 @@ impl EngineBuilder {
             pools,
             flights: Flights::new(FLIGHTS, page_size()),
             pagemap,
+            spare_batches: Mutex::default(),
             policy: Policy::new(),
             forks: ForkGate::new(),
             move_keeps_protection: AtomicBool::new(false),
@@ -447,6 +448,8 @@ impl Engine {
             frame_bytes: pools.extra_bytes(),
             metadata_bytes: pools.metadata_bytes()
                 + inner.ctx.flights.bookkeeping_bytes()
+                // 64 bytes for each operation, as `CopyBatch::with_capacity` says.
+                + inner.ctx.spare_batches.lock().len() * MAX_PAGES * 64
                 + size_of::<Inner>()
                 + size_of::<Context>(),
             // Relaxed: counters for display.

@@ -1,38 +1,27 @@
 //! A running move: segments are planned, given out, taken through the transaction by one of the
 //! two divisions of labour, and accounted.
 
-use crate::berth::{Berth, back_off};
+use crate::berth::back_off;
 use crate::context::Context;
+use crate::divide::Running;
 use crate::flight::MAX_PAGES;
-use crate::plan::{Leg, Planner, Segment};
-use crate::policy::{Choice, Wish};
-use crate::pool::Source;
-use crate::report::{Division, Order, Outcome, Report};
-use crate::tally::{Phase, Tally};
-use crate::units::{FolioSize, blocks_around};
-use pageferry_copy::{CopyBatch, CopyEngine, CpuEngine};
-use pageferry_sys::mm::Advice;
+use crate::plan::{Leg, Planner};
+use crate::policy::Wish;
+use crate::report::{Order, Outcome, Report};
+use crate::tally::Tally;
+use crate::units::blocks_around;
+use pageferry_copy::{CopyEngine, CpuEngine};
 use pageferry_sys::page_size;
 use pageferry_sys::uffd::Modes;
 use parking_lot::Mutex;
-use std::collections::VecDeque;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// An engine that has not finished a batch by then never will; the pages go back where they were.
-const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
-/// From this stall budget on, a batch for which no frame is at rest is allocated and copied by the
-/// kernel: 1 us a page, where zeroing fresh frames and copying takes 2 us; but all of it in the
-/// hole (measured on Zen 4, Linux 6.18: 512 pages in 0.5 ms).
-const KERNEL_COPY_BUDGET: Duration = Duration::from_millis(1);
 /// From this stall budget on, live order is not considered: a batch of either folio size fits it
 /// frozen, on every machine measured.
 const LIVE_BUDGET: Duration = Duration::from_millis(1);
-/// Waiting for a copy sleeps this long at most before it looks again.
-const NAP: Duration = Duration::from_millis(5);
 
 /// Where frames come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,22 +60,6 @@ pub(crate) struct Job {
     pub(crate) user_mode_only: bool,
     pub(crate) legs: Vec<Leg>,
     pub(crate) control: Arc<Control>,
-}
-
-/// State of one run of a job.
-struct Running<'j> {
-    job: &'j Job,
-    wish: Wish,
-    planner: Mutex<Planner>,
-    /// Bytes left of the current stretch.
-    quota: AtomicI64,
-    tallies: Mutex<Vec<Tally>>,
-    engine_broken: AtomicBool,
-    /// The first second try waits a moment: what was busy may be free then.
-    waited: AtomicBool,
-    /// Folio size of the last segment, by which the next stretch is divided.
-    last_huge: AtomicBool,
-    exhausted: AtomicBool,
 }
 
 /// The ranges of a move, registered with the userfaultfd while this lives.
@@ -160,7 +133,6 @@ impl Job {
             engine_broken: AtomicBool::new(false),
             waited: AtomicBool::new(false),
             last_huge: AtomicBool::new(false),
-            exhausted: AtomicBool::new(false),
         };
         let division = running.stretches();
         let mut last = Tally::new();
@@ -173,400 +145,9 @@ impl Job {
         Ok(report)
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub(crate) fn is_cancelled(&self) -> bool {
         // Relaxed: a request; nothing is published with it.
         self.control.cancel.load(Ordering::Relaxed)
-    }
-}
-
-impl Running<'_> {
-    fn engine(&self) -> &dyn CopyEngine {
-        match &self.job.engine {
-            Some(engine) if !self.engine_broken.load(Ordering::Relaxed) => engine.as_ref(),
-            _ => self.job.cpu.as_ref(),
-        }
-    }
-
-    /// Moves stretch after stretch, each by the division that suits it.
-    fn stretches(&self) -> Division {
-        let ctx = &self.job.ctx;
-        loop {
-            let huge = self.last_huge.load(Ordering::Relaxed);
-            let size = if huge { FolioSize::Huge } else { FolioSize::Base };
-            let (division, bytes) = match &self.job.engine {
-                Some(_) => (Division::Conducted, usize::MAX),
-                None => ctx.policy.division(size, &self.wish),
-            };
-            self.quota.store(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
-            let before = self.job.control.done.load(Ordering::Relaxed);
-            let started = Instant::now();
-            match division {
-                Division::Conducted => self.conducted(),
-                Division::Shared => self.shared(),
-            }
-            let moved = self.job.control.done.load(Ordering::Relaxed) - before;
-            ctx.policy.saw_division(size, division, moved, started.elapsed());
-            if self.job.is_cancelled() || self.exhausted.load(Ordering::Relaxed) {
-                return division;
-            }
-        }
-    }
-
-    /// The next segment to move, of at most `limit` bytes.
-    fn next(&self, limit: usize, tally: &mut Tally) -> Option<Segment> {
-        if self.job.is_cancelled() || self.quota.load(Ordering::Relaxed) <= 0 {
-            return None;
-        }
-        let segment = {
-            let mut planner = self.planner.lock();
-            planner.try_again(tally.again.drain(..));
-            planner.next(&self.job.ctx, limit, tally)
-        };
-        let Some(segment) = segment else {
-            self.exhausted.store(true, Ordering::Relaxed);
-            return None;
-        };
-        let bytes = i64::try_from(segment.range.len()).unwrap_or(i64::MAX);
-        self.quota.fetch_sub(bytes, Ordering::Relaxed);
-        self.last_huge.store(segment.size == FolioSize::Huge, Ordering::Relaxed);
-        if segment.again {
-            self.before_second_try(&segment);
-        }
-        Some(segment)
-    }
-
-    /// A page that nobody else maps any more may still be marked as shared (its child has gone);
-    /// a write fault that changes nothing makes it exclusive. No flight is open over it here, so
-    /// whatever this touches is resolved as usual.
-    fn before_second_try(&self, segment: &Segment) {
-        if !self.waited.swap(true, Ordering::Relaxed) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        if !self.job.user_mode_only {
-            let range = &segment.range;
-            // SAFETY: populating changes no content.
-            let _ =
-                unsafe { self.job.ctx.sys.advise(range.start, range.len(), Advice::PopulateWrite) };
-        }
-    }
-
-    fn source(&self) -> Source {
-        if self.job.frames == Frames::Recycled { Source::Any } else { Source::FreshOnly }
-    }
-
-    fn choose(&self, size: FolioSize, copiers: usize) -> Choice {
-        self.job.ctx.policy.choose(size, &self.wish, copiers)
-    }
-
-    fn join(&self, mut tally: Tally) {
-        self.planner.lock().try_again(tally.again.drain(..));
-        self.tallies.lock().push(tally);
-    }
-
-    /// Bytes asked for by a base segment; a segment's size is known only once it is there.
-    fn limit(&self, copiers: usize) -> usize {
-        self.choose(FolioSize::Base, copiers).batch * page_size()
-    }
-
-    /// Every participant takes its own batches through all the steps.
-    fn shared(&self) {
-        let helpers = self.wish.threads.saturating_sub(1);
-        self.job.cpu.pool().run(helpers, &|_| {
-            let mut tally = Tally::new();
-            let mut berth = Berth::new(&self.job.ctx, self.job.cpu.kernel());
-            while let Some(segment) = self.next(self.limit(1), &mut tally) {
-                tally.lap(Phase::Plan);
-                self.one(&mut berth, segment, &mut tally);
-            }
-            berth.retire(self.source());
-            tally.lap(Phase::Release);
-            self.join(tally);
-        });
-        // Second tries may have come in after the last participant looked.
-        if !self.planner.lock().is_finished() {
-            self.exhausted.store(false, Ordering::Relaxed);
-        }
-    }
-
-    /// One batch, all steps, on this thread.
-    fn one(&self, berth: &mut Berth<'_>, segment: Segment, tally: &mut Tally) {
-        let size = segment.size;
-        let choice = self.choose(size, 1);
-        let Some(order) = self.begin(berth, segment, choice.order, tally) else { return };
-        let pages = berth.bytes() / page_size();
-        if order == Order::Frozen {
-            berth.detach(0..pages, false);
-            let detach = tally.lap(Phase::Detach);
-            if !berth.kernel_copies() {
-                berth.copy_inline();
-                self.job.ctx.policy.saw_copy(size, pages, tally.lap(Phase::Copy));
-            }
-            self.land(berth, choice, detach, tally);
-        } else {
-            berth.copy_inline();
-            self.job.ctx.policy.saw_copy(size, pages, tally.lap(Phase::Copy));
-            self.land(berth, choice, Duration::ZERO, tally);
-        }
-    }
-
-    /// Reserves, opens and (live) protects. `None`: the segment is accounted for.
-    fn begin(
-        &self,
-        berth: &mut Berth<'_>,
-        segment: Segment,
-        order: Order,
-        tally: &mut Tally,
-    ) -> Option<Order> {
-        let kernel_copy = segment.size == FolioSize::Base
-            && match self.job.frames {
-                Frames::KernelCopy => true,
-                Frames::Fresh => false,
-                Frames::Recycled => {
-                    order == Order::Frozen
-                        && self.job.engine.is_none()
-                        && self.wish.budget >= KERNEL_COPY_BUDGET
-                        && !berth.has_frames(segment.to, segment.size)
-                        && !self.job.ctx.pools.has_rested(segment.to, segment.size)
-                }
-            };
-        let order = if kernel_copy { Order::Frozen } else { order };
-        let asked = segment.range.len();
-        match berth.reserve(segment, self.source(), kernel_copy, tally) {
-            Err(()) => {
-                tally.lap(Phase::Reserve);
-                self.count(asked);
-                return None;
-            }
-            Ok(Some(rest)) => {
-                let bytes = i64::try_from(rest.range.len()).unwrap_or(0);
-                self.quota.fetch_add(bytes, Ordering::Relaxed);
-                self.planner.lock().give_back(rest);
-            }
-            Ok(None) => {}
-        }
-        tally.lap(Phase::Reserve);
-        if !berth.open(order, tally) {
-            return None;
-        }
-        if order == Order::Live && berth.protect().is_err() {
-            // Unmapped in part, perhaps: frozen order finds out page by page.
-            berth.freeze();
-        }
-        tally.lap(Phase::Protect);
-        Some(berth.order())
-    }
-
-    /// From the copied batch to the closed flight.
-    fn land(&self, berth: &mut Berth<'_>, choice: Choice, detached: Duration, tally: &mut Tally) {
-        let policy = &self.job.ctx.policy;
-        let (size, pages) = (berth.size(), berth.bytes() / page_size());
-        let live = berth.order() == Order::Live;
-        let piece = if live { choice.piece.max(1) } else { pages };
-        let mut start = 0;
-        while start < pages {
-            let end = (start + piece).min(pages);
-            let mut tables = detached;
-            if live {
-                berth.detach(start..end, berth.is_nested());
-                tables = tally.lap(Phase::Detach);
-            }
-            berth.repair(start..end, live && self.wish.compare, tally);
-            tally.lap(Phase::Repair);
-            let hole = berth.attach(start..end, tally);
-            tables += tally.lap(Phase::Attach);
-            policy.saw_tables(size, end - start, tables);
-            policy.saw_hole(size, self.wish.budget, hole);
-            start = end;
-        }
-        berth.close(tally);
-        self.count(pages * page_size());
-        tally.lap(Phase::Release);
-    }
-
-    fn count(&self, bytes: usize) {
-        self.job.control.done.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    /// This thread does the page-table work, the engine copies.
-    fn conducted(&self) {
-        let mut tally = Tally::new();
-        let mut free: Vec<Berth<'_>> = Vec::with_capacity(crate::policy::MAX_WINDOW);
-        let mut air: VecDeque<(Berth<'_>, Choice, Duration)> =
-            VecDeque::with_capacity(crate::policy::MAX_WINDOW);
-        let mut ended = false;
-        loop {
-            let landed = air.front().is_some_and(|(b, ..)| b.batch.is_done());
-            let forking = self.job.ctx.forks.wanted() && !air.is_empty();
-            let copiers = self.engine().capabilities().max_parallel.min(self.wish.threads);
-            let window = self
-                .choose(
-                    if self.last_huge.load(Ordering::Relaxed) {
-                        FolioSize::Huge
-                    } else {
-                        FolioSize::Base
-                    },
-                    copiers,
-                )
-                .window;
-            if !landed && !forking && !ended && air.len() < window {
-                match self.next(self.limit(copiers), &mut tally) {
-                    None => ended = true,
-                    Some(segment) => {
-                        tally.lap(Phase::Plan);
-                        let mut berth = free
-                            .pop()
-                            .unwrap_or_else(|| Berth::new(&self.job.ctx, self.job.cpu.kernel()));
-                        let choice = self.choose(segment.size, copiers);
-                        match self.launch(&mut berth, segment, choice, !air.is_empty(), &mut tally)
-                        {
-                            Some(detach) => air.push_back((berth, choice, detach)),
-                            None => free.push(berth),
-                        }
-                    }
-                }
-                continue;
-            }
-            let Some((mut berth, choice, detach)) = air.pop_front() else { break };
-            if !self.await_batch(&berth.batch) {
-                self.engine_broken.store(true, Ordering::Relaxed);
-                tracing::error!(
-                    engine = self.engine().name(),
-                    "the copy engine did not finish a batch within {ENGINE_TIMEOUT:?}: it is not \
-                     used again, its pages stay where they were, and its frames are given up"
-                );
-                berth.abandon();
-            }
-            berth.collect_batch(&mut tally);
-            tally.lap(Phase::Copy);
-            self.land(&mut berth, choice, detach, &mut tally);
-            free.push(berth);
-        }
-        for berth in &mut free {
-            berth.retire(self.source());
-        }
-        drop(free);
-        tally.lap(Phase::Release);
-        self.join(tally);
-        if !self.planner.lock().is_finished() {
-            self.exhausted.store(false, Ordering::Relaxed);
-        }
-    }
-
-    /// Begins a batch and hands its copies to the engine; returns the time of its detach.
-    fn launch(
-        &self,
-        berth: &mut Berth<'_>,
-        segment: Segment,
-        choice: Choice,
-        nested: bool,
-        tally: &mut Tally,
-    ) -> Option<Duration> {
-        berth.set_nested(nested);
-        let order = self.begin(berth, segment, choice.order, tally)?;
-        let mut detach = Duration::ZERO;
-        if order == Order::Frozen {
-            berth.detach(0..berth.bytes() / page_size(), nested);
-            detach = tally.lap(Phase::Detach);
-        }
-        if !berth.kernel_copies() && !self.submit(berth) {
-            berth.copy_inline();
-            tally.fallbacks += u64::from(self.job.engine.is_some());
-        }
-        tally.lap(Phase::Copy);
-        Some(detach)
-    }
-
-    /// False: the engine did not take the batch.
-    fn submit(&self, berth: &Berth<'_>) -> bool {
-        let longest = self.engine().capabilities().max_op_len;
-        if !berth.fill_batch(longest) || berth.batch.is_empty() {
-            return berth.batch.is_empty();
-        }
-        // SAFETY: the frames are ours alone; the sources are slots that nobody else knows, or
-        // pages of the region, where a racing write is noticed by their protection. Nothing else
-        // is mapped into pool memory, and what replaces unmapped region memory is this program's.
-        let submitted =
-            catch_unwind(AssertUnwindSafe(|| unsafe { self.engine().submit(&berth.batch) }));
-        match submitted {
-            Ok(result) => result.is_ok(),
-            Err(_) => {
-                self.engine_broken.store(true, Ordering::Relaxed);
-                // What it took before it panicked is waited for; what it did not is abandoned.
-                berth.batch.is_submitted() || berth.batch.is_done()
-            }
-        }
-    }
-
-    /// Waits for the batch; copies a part meanwhile, spins briefly, then sleeps. False: it will
-    /// not be done any more.
-    fn await_batch(&self, batch: &Arc<CopyBatch>) -> bool {
-        let deadline = Instant::now() + ENGINE_TIMEOUT;
-        let step = || {
-            let engine = self.engine();
-            engine.poll();
-            engine.help(batch)
-        };
-        loop {
-            if !batch.is_submitted() {
-                return true;
-            }
-            let helped = catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|_| {
-                self.engine_broken.store(true, Ordering::Relaxed);
-                false
-            });
-            if helped {
-                continue;
-            }
-            if spin_until(|| batch.is_done()) {
-                return true;
-            }
-            if batch.wait_timeout(NAP) {
-                return true;
-            }
-            if Instant::now() > deadline {
-                return false;
-            }
-        }
-    }
-
-    fn report(self, started: Instant, division: Division) -> Report {
-        let elapsed = started.elapsed();
-        let tallies = self.tallies.into_inner();
-        let engine = match &self.job.engine {
-            Some(engine) => engine.name().to_owned(),
-            None => self.job.cpu.name().to_owned(),
-        };
-        let mut report = Report::empty(engine, division);
-        report.elapsed = elapsed;
-        report.cancelled = self.job.is_cancelled();
-        let first = tallies.iter().filter_map(|t| t.first_folio).min();
-        report.first_folio = first.map(|at| at - started);
-        for tally in tallies {
-            report.add(tally);
-        }
-        report.tidy();
-        report
-    }
-}
-
-/// How long waiting spins before it sleeps: about what a wake-up costs.
-const SPIN: Duration = Duration::from_micros(30);
-
-fn spin_until(done: impl Fn() -> bool) -> bool {
-    if crate::engine::usable_cpus() < 2 {
-        return done();
-    }
-    let until = Instant::now() + SPIN;
-    loop {
-        for _ in 0..64 {
-            if done() {
-                return true;
-            }
-            std::hint::spin_loop();
-        }
-        if Instant::now() > until {
-            return false;
-        }
     }
 }
 

@@ -42,6 +42,8 @@ mod berth;
 #[cfg(not(loom))]
 mod context;
 #[cfg(not(loom))]
+mod divide;
+#[cfg(not(loom))]
 mod engine;
 #[cfg(not(loom))]
 mod error;
@@ -88,3 +90,8 @@ pub use {
 pub use pageferry_copy as copy;
 pub use pageferry_sys::uffd::Rights;
 pub use pageferry_topology as topology;
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -11,11 +11,10 @@ use pageferry::{
 };
 use pageferry_sys::inject::{Fault, Faulty};
 use pageferry_sys::mm::Advice;
-use pageferry_sys::uffd::{Features, Progress, Rights, Uffd};
+use pageferry_sys::uffd::{Progress, Uffd};
 use pageferry_sys::{Errno, Linux, Sys, SysOp, page_size};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use support::{Racers, build, check, fill, first_node};
 use trial::{Watchdog, accounted, small};
 
@@ -137,7 +136,7 @@ fn attempt(engine: &Engine, region: &Region, way: Way) -> Result<pageferry::Repo
 fn strike(way: Way, fault: Fault) -> u64 {
     let Some(Bench { faulty, engine }) = bench() else { return 0 };
     // For ever, each page costs all its tries: a few pages will do.
-    let region = region(&engine, way, if fault.times > 100 { 16 } else { 64 });
+    let region = region(&engine, way, if fault.times > 100 { 4 } else { 64 });
     let racers = Racers::start(&region, 1, 1);
     // The pools exist before the fault in half of the cases.
     if fault.errno.0 % 2 == 0 {
@@ -156,7 +155,7 @@ fn strike(way: Way, fault: Fault) -> u64 {
     let fired = faulty.fired() - before;
     faulty.heal();
     racers.finish();
-    let region = region_again(&engine, way, &region);
+    fill(&region, 0..region.len());
     let report = attempt(&engine, &region, way).expect("nothing fails any more");
     accounted(&report, &region, &[0..region.len()]);
     assert_eq!(
@@ -166,12 +165,6 @@ fn strike(way: Way, fault: Fault) -> u64 {
     );
     check(&region, 0..region.len());
     fired
-}
-
-/// Back to the first content, in the same place.
-fn region_again(_: &Engine, _: Way, region: &Arc<Region>) -> Arc<Region> {
-    fill(region, 0..region.len());
-    Arc::clone(region)
 }
 
 /// All errnos of one call; each strikes somewhere in every way for which `meets` holds.
@@ -342,7 +335,8 @@ fn memory_for_frames_may_be_refused() {
     for_ever(SysOp::Map, MAP, 0, any);
     for_ever(SysOp::Advise(Advice::DontFork), ADVISE, 0, base);
     let huge = |w: Way| w.folios == Folios::Huge;
-    for_ever(SysOp::Advise(Advice::HugePage), ADVISE, 0, huge);
+    // With EINVAL the kernel says that it has no huge pages, and is believed.
+    for_ever(SysOp::Advise(Advice::HugePage), &[libc::EAGAIN, libc::ENOMEM], 0, huge);
     for_ever(SysOp::Advise(Advice::NoHugePage), ADVISE, 0, base);
     for_ever(SysOp::Advise(Advice::DontDump), ADVISE, 0, base);
 }
@@ -394,8 +388,11 @@ fn an_engine_that_cannot_open_its_descriptors_says_what_is_missing() {
             faulty.fail(Fault { op, after, times: 1, errno: Errno(errno), partial: 0 });
             let built = small().sys(faulty.clone()).build();
             if faulty.fired() == 0 {
-                eprintln!("skipped: {}", built.expect_err("the real call failed first"));
-                return;
+                match built {
+                    Err(why) => eprintln!("skipped: {why}"),
+                    Ok(_) => assert!(after > 0, "an engine opens a descriptor"),
+                }
+                continue;
             }
             let (words, source) = match built.expect_err("a descriptor is missing") {
                 BuildError::NotPermitted(e) => ("CAP_SYS_PTRACE", e),
@@ -454,11 +451,12 @@ fn a_region_that_cannot_be_made_names_the_step() {
     }
 }
 
-/// The kernel, except that moving pages in, or protecting them, fails as told. It tells the two
-/// directions of `UFFDIO_MOVE` apart by their descriptor: the regions' is the first one opened.
+/// The kernel, except that moving pages into a region, or protecting them, fails as told.
 #[derive(Debug)]
 struct Inward {
-    regions: AtomicI32,
+    /// The region's addresses; none at first, so that an engine can be built.
+    start: AtomicUsize,
+    end: AtomicUsize,
     attach: i32,
     /// Attaches that fail; `u32::MAX` for all.
     times: AtomicU32,
@@ -471,7 +469,8 @@ struct Inward {
 impl Inward {
     fn new() -> Self {
         Self {
-            regions: AtomicI32::new(-1),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
             attach: 0,
             times: AtomicU32::new(u32::MAX),
             copy: 0,
@@ -480,8 +479,13 @@ impl Inward {
         }
     }
 
-    fn is_inward(&self, fd: &Uffd) -> bool {
-        self.regions.load(Ordering::Relaxed) == fd.as_raw_fd()
+    fn watch(&self, region: &Region) {
+        self.start.store(region.addr(), Ordering::Relaxed);
+        self.end.store(region.addr() + region.len(), Ordering::Relaxed);
+    }
+
+    fn is_inward(&self, dst: usize) -> bool {
+        (self.start.load(Ordering::Relaxed)..self.end.load(Ordering::Relaxed)).contains(&dst)
     }
 }
 
@@ -492,28 +496,22 @@ fn strikes_left(counter: &AtomicU32) -> bool {
 }
 
 impl Sys for Inward {
-    fn open_uffd(&self, rights: Rights, features: Features) -> Result<Uffd, Errno> {
-        let fd = Linux.open_uffd(rights, features)?;
-        let raw = fd.as_raw_fd();
-        let _ = self.regions.compare_exchange(-1, raw, Ordering::Relaxed, Ordering::Relaxed);
-        Ok(fd)
-    }
     unsafe fn move_range(&self, fd: &Uffd, dst: usize, src: usize, len: usize) -> Progress {
-        if self.attach != 0 && self.is_inward(fd) && strikes_left(&self.times) {
+        if self.attach != 0 && self.is_inward(dst) && strikes_left(&self.times) {
             return Progress { done: 0, error: Some(Errno(self.attach)) };
         }
         // SAFETY: the same promise.
         unsafe { Linux.move_range(fd, dst, src, len) }
     }
     unsafe fn copy_in(&self, fd: &Uffd, dst: usize, src: usize, len: usize) -> Progress {
-        if self.copy != 0 && strikes_left(&self.copies) {
+        if self.copy != 0 && self.is_inward(dst) && strikes_left(&self.copies) {
             return Progress { done: 0, error: Some(Errno(self.copy)) };
         }
         // SAFETY: the same promise.
         unsafe { Linux.copy_in(fd, dst, src, len) }
     }
     fn protect(&self, fd: &Uffd, start: usize, len: usize) -> Result<(), Errno> {
-        if self.protect != 0 && self.is_inward(fd) {
+        if self.protect != 0 && self.is_inward(start) {
             Linux.protect(fd, start, (len / 2).next_multiple_of(page_size()))?;
             return Err(Errno(self.protect));
         }
@@ -527,9 +525,10 @@ fn pages_that_can_never_be_moved_in_are_copied_in_by_the_kernel() {
         for way in WAYS.into_iter().filter(|w| w.frames != Frames::KernelCopy) {
             let what = format!("attach failing with {} for ever, {way:?}", Errno(attach).name());
             let _watchdog = Watchdog::seconds(60, &what);
-            let sys = Inward { attach, ..Inward::new() };
-            let Some(engine) = build(small().sys(Arc::new(sys))) else { return };
+            let sys = Arc::new(Inward { attach, ..Inward::new() });
+            let Some(engine) = build(small().sys(sys.clone())) else { return };
             let region = region(&engine, way, 32);
+            sys.watch(&region);
             let racers = Racers::start(&region, 1, 1);
             let report = attempt(&engine, &region, way).expect("a move");
             racers.finish();
@@ -551,9 +550,10 @@ fn pages_that_can_go_in_neither_way_for_a_while_come_back_all_the_same() {
                 let what = format!("attach {attach_name}, copy {copy_name}, {way:?}");
                 let _watchdog = Watchdog::seconds(60, &what);
                 let (times, copies) = (AtomicU32::new(3), AtomicU32::new(3));
-                let sys = Inward { attach, times, copy, copies, ..Inward::new() };
-                let Some(engine) = build(small().sys(Arc::new(sys))) else { return };
+                let sys = Arc::new(Inward { attach, times, copy, copies, ..Inward::new() });
+                let Some(engine) = build(small().sys(sys.clone())) else { return };
                 let region = region(&engine, way, 32);
+                sys.watch(&region);
                 let racers = Racers::start(&region, 1, 1);
                 let report = attempt(&engine, &region, way).expect("a move");
                 racers.finish();
@@ -565,11 +565,12 @@ fn pages_that_can_go_in_neither_way_for_a_while_come_back_all_the_same() {
 
 #[test]
 fn a_range_that_was_protected_in_part_only_moves_whole_and_its_old_pages_serve_again() {
-    let sys = Inward { protect: libc::ENOENT, ..Inward::new() };
+    let sys = Arc::new(Inward { protect: libc::ENOENT, ..Inward::new() });
     let _watchdog = Watchdog::seconds(60, "moves after partial protection");
-    let Some(engine) = build(small().sys(Arc::new(sys))) else { return };
+    let Some(engine) = build(small().sys(sys.clone())) else { return };
     for way in WAYS.into_iter().filter(|w| live(*w)) {
         let region = region(&engine, way, 64);
+        sys.watch(&region);
         let racers = Racers::start(&region, 1, 1);
         // Often enough that each old page becomes a frame.
         for _ in 0..6 {
@@ -583,14 +584,15 @@ fn a_range_that_was_protected_in_part_only_moves_whole_and_its_old_pages_serve_a
 #[test]
 fn a_page_whose_content_cannot_be_read_any_more_is_poisoned_not_zeroed() {
     let _watchdog = Watchdog::seconds(60, "a page that cannot be read");
-    let sys = Inward {
+    let sys = Arc::new(Inward {
         attach: libc::EPERM,
         copy: libc::EFAULT,
         copies: AtomicU32::new(u32::MAX),
         ..Inward::new()
-    };
-    let Some(engine) = build(small().sys(Arc::new(sys))) else { return };
+    });
+    let Some(engine) = build(small().sys(sys.clone())) else { return };
     let region = region(&engine, WAYS[0], 1);
+    sys.watch(&region);
     let report = attempt(&engine, &region, WAYS[0]).expect("a move");
     assert_eq!(report.by_outcome(), [(Outcome::CopyFailed, page_size() as u64)]);
     // Read by the kernel, so that the program lives: as after a memory error it is refused.

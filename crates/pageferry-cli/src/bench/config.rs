@@ -1,11 +1,10 @@
 //! A way to move memory, and a case that measures it.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::{Division, FolioSize, Frames, MigrateError, Order, Report};
-use pageferry_copy::CopyEngine;
+use pageferry_copy::Kernel;
 
 use super::lab::{Case, Field, Lab, Trouble, Window};
 use super::schema::Run;
@@ -21,7 +20,8 @@ pub(super) struct Config {
     pub(super) threads: Option<usize>,
     pub(super) batch: Option<usize>,
     pub(super) budget: Option<Duration>,
-    pub(super) engine: Option<Arc<dyn CopyEngine>>,
+    /// The copy kernel; none: the engine's own.
+    pub(super) kernel: Option<Kernel>,
 }
 
 impl Config {
@@ -35,7 +35,7 @@ impl Config {
             threads: None,
             batch: None,
             budget: None,
-            engine: None,
+            kernel: None,
         }
     }
 
@@ -45,7 +45,6 @@ impl Config {
         folio: FolioSize,
         order: Order,
         frames: Frames,
-        memcpy: &Arc<dyn CopyEngine>,
     ) -> Self {
         Self {
             order: Some(order),
@@ -53,7 +52,7 @@ impl Config {
             frames,
             threads: Some(1),
             batch: Some(folio.bytes()),
-            engine: Some(Arc::clone(memcpy)),
+            kernel: Some(Kernel::MEMCPY),
             ..Self::new(scenario)
         }
     }
@@ -80,8 +79,8 @@ impl Config {
         if let Some(budget) = self.budget {
             migration = migration.stall_budget(budget);
         }
-        if let Some(engine) = &self.engine {
-            migration = migration.engine(Arc::clone(engine));
+        if let Some(kernel) = self.kernel {
+            migration = migration.kernel(kernel);
         }
         migration.run()
     }
@@ -177,11 +176,15 @@ impl Account {
             }
         };
         let asked = config.order.map(order_name);
-        if asked.is_some_and(|asked| asked != seen) {
-            add_note(run, format!("asked for {}", asked.unwrap_or_default()));
+        let division = self.division.map(division_name);
+        let asked_division = config.division.map(division_name);
+        for (asked, seen) in [(asked, Some(&*seen)), (asked_division, division)] {
+            if let Some(asked) = asked.filter(|&asked| Some(asked) != seen) {
+                add_note(run, format!("asked for {asked}"));
+            }
         }
         run.order = Some(seen);
-        run.division = self.division.map(|division| division_name(division).to_owned());
+        run.division = division.map(str::to_owned);
         run.frames = Some(frames_name(config.frames).to_owned());
         run.engine.clone_from(&self.engine);
         run.batch_bytes = config.batch.map(|bytes| bytes as u64);

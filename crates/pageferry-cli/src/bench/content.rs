@@ -82,9 +82,7 @@ impl Content {
         let mut found: Vec<Mismatch> = thread::scope(|scope| {
             let parts: Vec<_> = range
                 .step_by(share.max(1))
-                .map(|start| {
-                    scope.spawn(move || (start..end.min(start + share)).find_map(f))
-                })
+                .map(|start| scope.spawn(move || (start..end.min(start + share)).find_map(f)))
                 .collect();
             parts.into_iter().filter_map(|part| part.join().ok().flatten()).collect()
         });

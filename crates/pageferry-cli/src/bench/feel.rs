@@ -43,7 +43,7 @@ const BURN_BUFFER: usize = 16 << 20;
 enum Beside {
     Nothing,
     Burning { buffers: Vec<(Buffer, Buffer)> },
-    Moving { config: Config, account: Account },
+    Moving { config: Config, account: Box<Account> },
 }
 
 /// Threads' worth of CPU time that the moves of a round took, as its control must burn.
@@ -387,6 +387,7 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
             let budget = Some(Duration::from_micros(budget));
             let config = Config { budget, ..Config::new("feel") };
             let account = Account::new().map_err(|_| anyhow::anyhow!("no histogram"))?;
+            let account = Box::new(account);
             besides.push(Beside::Moving { config, account });
         }
         // After the moves: it burns what they took.

@@ -124,7 +124,8 @@ impl Figures {
 
     /// Holes against budgets, accesses against the control.
     fn felt(&mut self, runs: &[Run], folio: u64, name: &str) {
-        let control = runs.iter().find(|r| r.scenario == "feel_burn" && r.folio_bytes == Some(folio));
+        let control =
+            runs.iter().find(|r| r.scenario == "feel_burn" && r.folio_bytes == Some(folio));
         for budget in BUDGETS_US {
             let run = runs.iter().find(|run| {
                 run.scenario == "feel"
@@ -139,7 +140,10 @@ impl Figures {
                 self.targets.push(target(&ratio, meaning, hole, Bound::AtMost, 1.0, false));
             }
             for (who, pick) in [
-                ("readers", (|run: &Run| run.readers.as_ref().map(|f| f.latency_us.p99)) as fn(&Run) -> _),
+                (
+                    "readers",
+                    (|run: &Run| run.readers.as_ref().map(|f| f.latency_us.p99)) as fn(&Run) -> _,
+                ),
                 ("writers", |run: &Run| run.writers.as_ref().map(|f| f.latency_us.p99)),
             ] {
                 let pair: (Option<f64>, Option<f64>) = (run.and_then(pick), control.and_then(pick));
@@ -173,7 +177,7 @@ fn target(
 }
 
 /// The run with the highest median.
-pub(super) fn best<'a>(runs: &'a [Run], is: impl Fn(&Run) -> bool) -> Option<&'a Run> {
+pub(super) fn best(runs: &[Run], is: impl Fn(&Run) -> bool) -> Option<&Run> {
     runs.iter()
         .filter(|run| is(run) && run.rate().is_some())
         .max_by(|a, b| a.rate().unwrap_or(0.0).total_cmp(&b.rate().unwrap_or(0.0)))
@@ -301,7 +305,8 @@ mod tests {
 
     #[test]
     fn a_tie_with_the_baseline_is_told_from_a_loss() {
-        let single = |rate| [run("single", "frozen", rate), run("single_sequential", "frozen", 1.0)];
+        let single =
+            |rate| [run("single", "frozen", rate), run("single_sequential", "frozen", 1.0)];
         let name = "single_4k_over_sequential";
         assert_eq!(verdict(&figures(&single(1.01)), name), Verdict::Met);
         assert_eq!(verdict(&figures(&single(0.97)), name), Verdict::WithinNoise);

@@ -9,13 +9,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use pageferry::{BuildError, Engine, EngineBuilder, FolioSize, Folios, IoPins, Region};
-use pageferry_copy::{CopyEngine, CpuEngine, Kernel, WorkerPool};
+use pageferry_copy::CopyEngine;
 use pageferry_topology::NodeId;
 
 use super::content::Content;
@@ -35,8 +34,6 @@ pub(super) struct Lab<'a> {
     pub(super) plan: &'a Plan,
     /// Default settings, but for [`KEEP_FRAMES`].
     pub(super) engine: Engine,
-    /// One thread, libc memcpy: what the sequential baseline copies with.
-    pub(super) memcpy: Arc<dyn CopyEngine>,
     pub(super) content: Content,
     /// Why there are no huge folios, if there are none.
     pub(super) no_huge: Option<String>,
@@ -80,17 +77,6 @@ pub(super) fn build_with(
     }
 }
 
-/// The sequential baseline's copy engine.
-pub(super) fn memcpy_engine() -> anyhow::Result<Arc<dyn CopyEngine>> {
-    cpu_engine(Kernel::MEMCPY, 1)
-}
-
-/// A copy engine of `threads` threads, the caller counted.
-pub(super) fn cpu_engine(kernel: Kernel, threads: usize) -> anyhow::Result<Arc<dyn CopyEngine>> {
-    let pool = WorkerPool::with_copiers(threads, &[]).context("cannot start copy workers")?;
-    Ok(Arc::new(CpuEngine::new(kernel, Arc::new(pool))))
-}
-
 impl<'a> Lab<'a> {
     pub(super) fn new(plan: &'a Plan, context: &Context) -> anyhow::Result<Self> {
         let bar = if context.progress { ProgressBar::new(0) } else { ProgressBar::hidden() };
@@ -100,10 +86,8 @@ impl<'a> Lab<'a> {
         let thp = super::machine::thp();
         Ok(Self {
             content: Content { seed: seed(), threads: plan.cpus.len() },
-            memcpy: memcpy_engine()?,
-            no_huge: (thp == "never" || thp == "none").then(|| {
-                format!("transparent huge pages are off (setting: {thp}); allow madvise")
-            }),
+            no_huge: (thp == "never" || thp == "none")
+                .then(|| format!("transparent huge pages are off (setting: {thp}); allow madvise")),
             plan,
             engine,
             bar,

@@ -49,9 +49,9 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
     let fraction = stats.metadata_bytes as f64 / bytes as f64;
     results.ratios.insert("engine_metadata_over_managed".to_owned(), fraction);
     let managed = bytes as u64;
-    let grown = before.zip(usage::resident_bytes()).map(|(before, after)| {
-        after.saturating_sub(before).saturating_sub(managed)
-    });
+    let grown = before
+        .zip(usage::resident_bytes())
+        .map(|(before, after)| after.saturating_sub(before).saturating_sub(managed));
     match grown {
         Some(grown) => {
             let fraction = grown as f64 / managed as f64;

@@ -14,6 +14,7 @@
 //! reports what it has, and says that it is not complete.
 
 mod alloc;
+mod charts;
 mod config;
 mod content;
 mod copying;

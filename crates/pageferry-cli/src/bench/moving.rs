@@ -2,17 +2,16 @@
 //! the roofline and, where there are two nodes, the kernel's own move_pages(2); and the time to
 //! the first folio by batch size.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use pageferry::{Division, FolioSize, Frames, Order};
-use pageferry_copy::{CopyEngine, Kernel, KernelFamily};
+use pageferry_copy::{Kernel, KernelFamily};
 use pageferry_sys::usage;
 
 use super::config::{Config, Extent, MoveCase};
 use super::copying::{self, Buffers};
-use super::lab::{self, Case, Field, Lab, Trouble};
+use super::lab::{Case, Field, Lab, Trouble};
 use super::plan::Scenario;
 use super::probe::Buffer;
 use super::schema::{Results, Run, Skipped};
@@ -37,11 +36,11 @@ fn fields(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<Vec<Field>> {
 pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> {
     let fields = fields(lab, results)?;
     let buffers = Buffers::new(lab)?;
-    let engines = other_engines(lab)?;
+    let kernels = other_kernels(lab);
     let mut cases = copying::roofline(lab, &buffers)?;
     for field in &fields {
-        cases.extend(recycled(lab, field, &engines));
-        cases.extend(fresh(lab, field));
+        cases.extend(recycled(lab, field, &kernels));
+        cases.extend(fresh(field));
         if let Some(case) = kernel_moves(lab, field)? {
             cases.push(case);
         }
@@ -59,51 +58,43 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
     Ok(done)
 }
 
-/// Copy engines beside the default: libc memcpy on all threads always, each kernel when there is
-/// time for it.
-fn other_engines(lab: &Lab<'_>) -> anyhow::Result<Vec<Arc<dyn CopyEngine>>> {
+/// Copy kernels beside the default: libc memcpy always, all of them when there is time.
+fn other_kernels(lab: &Lab<'_>) -> Vec<Kernel> {
     let chosen = lab.engine.cpu().kernel();
     let mut kernels = Kernel::available();
     if !lab.plan.is_full() {
         kernels.retain(|kernel| kernel.family() == KernelFamily::Memcpy && !kernel.prefetch());
     }
     kernels.retain(|&kernel| kernel != chosen);
-    kernels.into_iter().map(|kernel| lab::cpu_engine(kernel, lab.plan.cpus.len())).collect()
+    kernels
 }
 
-fn recycled<'a>(
-    lab: &Lab<'_>,
-    field: &'a Field,
-    engines: &[Arc<dyn CopyEngine>],
-) -> Vec<Box<dyn Case + 'a>> {
+fn recycled<'a>(lab: &Lab<'_>, field: &'a Field, kernels: &[Kernel]) -> Vec<Box<dyn Case + 'a>> {
     let is_huge = field.folio == FolioSize::Huge;
     let batches = if is_huge { vec![FolioSize::Huge.bytes()] } else { lab.plan.batches.clone() };
     let largest = batches.last().copied();
     let mut configs = vec![Config::new("move_default")];
     for order in ORDERS {
-        let memcpy = &lab.memcpy;
-        configs.push(Config::sequential(
-            "sequential",
-            field.folio,
-            order,
-            Frames::Recycled,
-            memcpy,
-        ));
+        configs.push(Config::sequential("sequential", field.folio, order, Frames::Recycled));
         let base = Config { order: Some(order), ..Config::new("move") };
         for division in DIVISIONS {
             for &batch in &batches {
                 let (division, batch) = (Some(division), Some(batch));
                 configs.push(Config { division, batch, ..base.clone() });
             }
-            for engine in engines {
-                let engine = Some(Arc::clone(engine));
-                let division = Some(division);
-                configs.push(Config { division, batch: largest, engine, ..base.clone() });
+            for &kernel in kernels {
+                let (division, kernel) = (Some(division), Some(kernel));
+                configs.push(Config { division, batch: largest, kernel, ..base.clone() });
             }
         }
         for threads in fewer_threads(lab) {
             let division = Some(Division::Shared);
-            configs.push(Config { division, batch: largest, threads: Some(threads), ..base.clone() });
+            configs.push(Config {
+                division,
+                batch: largest,
+                threads: Some(threads),
+                ..base.clone()
+            });
         }
     }
     boxed(configs, field)
@@ -116,11 +107,10 @@ fn fewer_threads(lab: &Lab<'_>) -> Vec<usize> {
     if lab.plan.is_full() { powers.collect() } else { powers.take(1).collect() }
 }
 
-fn fresh<'a>(lab: &Lab<'_>, field: &'a Field) -> Vec<Box<dyn Case + 'a>> {
-    let (folio, memcpy) = (field.folio, &lab.memcpy);
-    let sequential = |frames| {
-        Config::sequential("one_way_sequential", folio, Order::Frozen, frames, memcpy)
-    };
+fn fresh(field: &Field) -> Vec<Box<dyn Case + '_>> {
+    let folio = field.folio;
+    let sequential =
+        |frames| Config::sequential("one_way_sequential", folio, Order::Frozen, frames);
     let mut configs = vec![sequential(Frames::Fresh)];
     let mut kinds = vec![Frames::Fresh];
     if folio == FolioSize::Base {

@@ -208,9 +208,7 @@ impl Plan {
             },
             curve: match mode {
                 Mode::Smoke => kib(&[4, 2048]),
-                Mode::Quick | Mode::Full => {
-                    kib(&[4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048])
-                }
+                Mode::Quick | Mode::Full => kib(&[4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]),
             },
         })
     }
@@ -256,7 +254,11 @@ fn region(mode: Mode, asked: Option<u64>, free: u64) -> Result<usize, Problem> {
             return Err(Problem::bad_input(
                 format!("--size {bytes} is too small"),
                 format!("a region has at least {}, eight huge folios", human(step)),
-                format!("give at least {}; {} or more to defeat caches", human(step), human(SMALLEST)),
+                format!(
+                    "give at least {}; {} or more to defeat caches",
+                    human(step),
+                    human(SMALLEST)
+                ),
             ));
         }
         Some(bytes) if bytes > largest => {
@@ -293,7 +295,12 @@ fn check_writable(file: &std::path::Path) -> Result<(), Problem> {
     if file.as_os_str() == "-" {
         return Ok(());
     }
+    let is_new = !file.exists();
     let opened = std::fs::OpenOptions::new().append(true).create(true).open(file);
+    if is_new && opened.is_ok() {
+        // Nothing to write yet; a run that fails leaves no empty file behind.
+        let _ = std::fs::remove_file(file);
+    }
     opened.map(drop).map_err(|error| {
         Problem::bad_input(
             format!("cannot write {}", file.display()),
@@ -323,7 +330,10 @@ mod tests {
     fn a_region_adapts_to_free_memory_unless_asked_for() {
         assert_eq!(region(Mode::Quick, None, 64 * GIB).ok(), Some(256 << 20));
         let tight = region(Mode::Quick, None, GIB).expect("a smaller one fits");
-        assert!((64 << 20..256 << 20).contains(&tight) && tight % REGION_STEP == 0, "{tight}");
+        assert!(
+            (64 << 20..256 << 20).contains(&tight) && tight.is_multiple_of(REGION_STEP),
+            "{tight}"
+        );
         assert!(region(Mode::Quick, None, GIB / 4).is_err());
         assert_eq!(region(Mode::Full, Some(40 << 20), 64 * GIB).ok(), Some(32 << 20));
     }

@@ -305,6 +305,9 @@ mod tests {
         let written = include_str!("../../../../docs/bench.schema.json");
         let written: serde_json::Value = serde_json::from_str(written).expect("JSON");
         let ours = serde_json::to_value(super::json_schema()).expect("a schema");
-        assert!(written == ours, "write it anew: pageferry bench --schema > docs/bench.schema.json");
+        assert!(
+            written == ours,
+            "write it anew: pageferry bench --schema > docs/bench.schema.json"
+        );
     }
 }

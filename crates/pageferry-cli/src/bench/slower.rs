@@ -27,8 +27,7 @@ fn pairs<'a>(
     let mut cases = Vec::new();
     for field in fields {
         let folio = field.folio;
-        let sequential =
-            Config::sequential(names.1, folio, Order::Frozen, Frames::Recycled, &lab.memcpy);
+        let sequential = Config::sequential(names.1, folio, Order::Frozen, Frames::Recycled);
         let extent = if single {
             Extent::Repeat { bytes: folio.bytes(), times: lab.plan.singles }
         } else {

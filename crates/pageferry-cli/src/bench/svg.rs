@@ -51,9 +51,12 @@ fn place(value: f64, (low, high): (f64, f64), scale: Scale) -> f64 {
 fn marks(low: f64, high: f64, scale: Scale) -> Vec<f64> {
     match scale {
         Scale::Log => {
-            let (first, last) = (low.log10().floor(), high.log10().ceil().max(low.log10().floor() + 1.0));
+            let (first, last) =
+                (low.log10().floor(), high.log10().ceil().max(low.log10().floor() + 1.0));
             let mut marks = vec![10f64.powf(first)];
-            while marks.last().is_some_and(|&mark| mark < 10f64.powf(last) * 0.999) && marks.len() < 20 {
+            while marks.last().is_some_and(|&mark| mark < 10f64.powf(last) * 0.999)
+                && marks.len() < 20
+            {
                 marks.push(marks[marks.len() - 1] * 10.0);
             }
             marks
@@ -75,7 +78,7 @@ fn marks(low: f64, high: f64, scale: Scale) -> Vec<f64> {
 /// A number with as many digits as it needs.
 pub(super) fn number(value: f64) -> String {
     match value.abs() {
-        v if v == 0.0 => "0".to_owned(),
+        0.0 => "0".to_owned(),
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 1.0 => format!("{}", (value * 100.0).round() / 100.0),
         _ => format!("{}", (value * 1000.0).round() / 1000.0),
@@ -122,18 +125,46 @@ impl Lines {
         )?;
         for &mark in &y_marks {
             let y = y_at(mark);
-            writeln!(out, "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>", WIDTH - RIGHT)?;
-            writeln!(out, "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">{}</text>", LEFT - 6.0, y + 4.0, number(mark))?;
+            writeln!(
+                out,
+                "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{:.1}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>",
+                WIDTH - RIGHT
+            )?;
+            writeln!(
+                out,
+                "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+                LEFT - 6.0,
+                y + 4.0,
+                number(mark)
+            )?;
         }
         for (mark, name) in &self.x_marks {
             let x = x_at(*mark);
-            writeln!(out, "<line class=\"grid\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{TOP}\" y2=\"{:.1}\"/>", HEIGHT - BOTTOM)?;
-            writeln!(out, "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{:.1}\">{}</text>", HEIGHT - BOTTOM + 16.0, escape(name))?;
+            writeln!(
+                out,
+                "<line class=\"grid\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{TOP}\" y2=\"{:.1}\"/>",
+                HEIGHT - BOTTOM
+            )?;
+            writeln!(
+                out,
+                "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{:.1}\">{}</text>",
+                HEIGHT - BOTTOM + 16.0,
+                escape(name)
+            )?;
         }
-        writeln!(out, "<text class=\"label\" text-anchor=\"middle\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
-            (LEFT + WIDTH - RIGHT) / 2.0, HEIGHT - 8.0, escape(&self.x_label))?;
-        writeln!(out, "<text class=\"label\" text-anchor=\"middle\" transform=\"translate(12 {:.1}) rotate(-90)\">{}</text>",
-            (TOP + HEIGHT - BOTTOM) / 2.0, escape(&self.y_label))?;
+        writeln!(
+            out,
+            "<text class=\"label\" text-anchor=\"middle\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            (LEFT + WIDTH - RIGHT) / 2.0,
+            HEIGHT - 8.0,
+            escape(&self.x_label)
+        )?;
+        writeln!(
+            out,
+            "<text class=\"label\" text-anchor=\"middle\" transform=\"translate(12 {:.1}) rotate(-90)\">{}</text>",
+            (TOP + HEIGHT - BOTTOM) / 2.0,
+            escape(&self.y_label)
+        )?;
         for (index, series) in self.series.iter().enumerate() {
             let places: Vec<String> = series
                 .points
@@ -143,14 +174,24 @@ impl Lines {
                 .map(|(x, y)| format!("{:.1},{:.1}", x_at(x), y_at(y)))
                 .collect();
             let dashed = if series.dashed { " dashed" } else { "" };
-            writeln!(out, "<polyline class=\"line s{}{dashed}\" points=\"{}\"><title>{}</title></polyline>",
-                index % 8, places.join(" "), escape(&series.name))?;
+            writeln!(
+                out,
+                "<polyline class=\"line s{}{dashed}\" points=\"{}\"><title>{}</title></polyline>",
+                index % 8,
+                places.join(" "),
+                escape(&series.name)
+            )?;
         }
         out.push_str("</svg>\n<p class=\"legend\">");
         for (index, series) in self.series.iter().enumerate() {
             let dashed = if series.dashed { " dashed" } else { "" };
-            write!(out, "<span><svg class=\"key\" viewBox=\"0 0 24 8\"><line class=\"line s{}{dashed}\" \
-                 x1=\"0\" x2=\"24\" y1=\"4\" y2=\"4\"/></svg>{}</span> ", index % 8, escape(&series.name))?;
+            write!(
+                out,
+                "<span><svg class=\"key\" viewBox=\"0 0 24 8\"><line class=\"line s{}{dashed}\" \
+                 x1=\"0\" x2=\"24\" y1=\"4\" y2=\"4\"/></svg>{}</span> ",
+                index % 8,
+                escape(&series.name)
+            )?;
         }
         out.push_str("</p></figure>\n");
         Ok(out)
@@ -169,40 +210,91 @@ pub(super) struct Bar {
 }
 
 /// Bars from left to right, and a broken line at the reference.
-pub(super) fn bars(title: &str, unit: &str, bars: &[Bar], reference: Option<(f64, &str)>) -> Result<String, fmt::Error> {
+pub(super) fn bars(
+    title: &str,
+    unit: &str,
+    bars: &[Bar],
+    reference: Option<(f64, &str)>,
+) -> Result<String, fmt::Error> {
     const ROW: f64 = 22.0;
     const NAMES: f64 = 250.0;
     let mut out = String::new();
     if bars.is_empty() {
         return Ok(out);
     }
-    let top = bars.iter().map(|bar| bar.high).chain(reference.map(|(at, _)| at)).fold(0.0, f64::max);
+    let top =
+        bars.iter().map(|bar| bar.high).chain(reference.map(|(at, _)| at)).fold(0.0, f64::max);
     let scale_marks = marks(0.0, top, Scale::Linear);
     let end = scale_marks[scale_marks.len() - 1];
     let x_at = |value: f64| NAMES + value / end * (WIDTH - NAMES - 48.0);
     let height = bars.len() as f64 * ROW + 44.0;
     let floor = height - 30.0;
     writeln!(out, "<figure><figcaption>{}</figcaption>", escape(title))?;
-    writeln!(out, "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">", escape(title))?;
+    writeln!(
+        out,
+        "<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{}\">",
+        escape(title)
+    )?;
     for mark in scale_marks {
         let x = x_at(mark);
-        writeln!(out, "<line class=\"grid\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"4\" y2=\"{floor:.1}\"/>")?;
-        writeln!(out, "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{:.1}\">{}</text>", floor + 14.0, number(mark))?;
+        writeln!(
+            out,
+            "<line class=\"grid\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"4\" y2=\"{floor:.1}\"/>"
+        )?;
+        writeln!(
+            out,
+            "<text class=\"tick\" text-anchor=\"middle\" x=\"{x:.1}\" y=\"{:.1}\">{}</text>",
+            floor + 14.0,
+            number(mark)
+        )?;
     }
     for (index, bar) in bars.iter().enumerate() {
         let y = 8.0 + index as f64 * ROW;
         let (x, width) = (x_at(0.0), x_at(bar.value) - x_at(0.0));
-        writeln!(out, "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">{}</text>", NAMES - 6.0, y + 11.0, escape(&bar.name))?;
-        writeln!(out, "<rect class=\"bar s{}\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"14\"/>", bar.class % 8)?;
-        writeln!(out, "<line class=\"whisker\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{2:.1}\" y2=\"{2:.1}\"/>", x_at(bar.low), x_at(bar.high), y + 7.0)?;
-        writeln!(out, "<text class=\"value\" x=\"{:.1}\" y=\"{:.1}\">{}</text>", x_at(bar.high) + 5.0, y + 11.0, number(bar.value))?;
+        writeln!(
+            out,
+            "<text class=\"tick\" text-anchor=\"end\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            NAMES - 6.0,
+            y + 11.0,
+            escape(&bar.name)
+        )?;
+        writeln!(
+            out,
+            "<rect class=\"bar s{}\" x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"14\"/>",
+            bar.class % 8
+        )?;
+        writeln!(
+            out,
+            "<line class=\"whisker\" x1=\"{:.1}\" x2=\"{:.1}\" y1=\"{2:.1}\" y2=\"{2:.1}\"/>",
+            x_at(bar.low),
+            x_at(bar.high),
+            y + 7.0
+        )?;
+        writeln!(
+            out,
+            "<text class=\"value\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+            x_at(bar.high) + 5.0,
+            y + 11.0,
+            number(bar.value)
+        )?;
     }
     if let Some((at, name)) = reference {
         let x = x_at(at);
-        writeln!(out, "<line class=\"reference\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"4\" y2=\"{floor:.1}\"><title>{}</title></line>", escape(name))?;
+        writeln!(
+            out,
+            "<line class=\"reference\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"4\" y2=\"{floor:.1}\"><title>{}</title></line>",
+            escape(name)
+        )?;
     }
-    let note = reference.map_or_else(String::new, |(at, name)| format!("; broken line: {name}, {}", number(at)));
-    writeln!(out, "<text class=\"label\" text-anchor=\"middle\" x=\"{:.1}\" y=\"{:.1}\">{}</text>", (NAMES + WIDTH) / 2.0, height - 2.0, escape(&format!("{unit}{note}")))?;
+    let note = reference
+        .map_or_else(String::new, |(at, name)| format!("; broken line: {name}, {}", number(at)));
+    writeln!(
+        out,
+        "<text class=\"label\" text-anchor=\"middle\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+        (NAMES + WIDTH) / 2.0,
+        height - 2.0,
+        escape(&format!("{unit}{note}"))
+    )?;
     out.push_str("</svg></figure>\n");
     Ok(out)
 }

@@ -10,8 +10,11 @@ use crate::output::{BOLD, DIM, GREEN, RED, YELLOW};
 pub(super) fn render(results: &Results) -> Result<String, fmt::Error> {
     let mut out = String::new();
     let machine = &results.machine;
-    writeln!(out, "{BOLD}{}{BOLD:#}, {} CPUs, {} node(s), Linux {}, huge pages: {}",
-        machine.cpu_model, machine.cpus, machine.nodes, machine.kernel, machine.thp)?;
+    writeln!(
+        out,
+        "{BOLD}{}{BOLD:#}, {} CPUs, {} node(s), Linux {}, huge pages: {}",
+        machine.cpu_model, machine.cpus, machine.nodes, machine.kernel, machine.thp
+    )?;
     let settings = &results.settings;
     writeln!(
         out,
@@ -35,7 +38,9 @@ pub(super) fn render(results: &Results) -> Result<String, fmt::Error> {
 }
 
 fn spread(spread: Option<Spread>) -> String {
-    spread.map_or_else(String::new, |s| format!("{:7.2} {DIM}{:6.2} {:6.2}{DIM:#}", s.median, s.min, s.max))
+    spread.map_or_else(String::new, |s| {
+        format!("{:7.2} {DIM}{:6.2} {:6.2}{DIM:#}", s.median, s.min, s.max)
+    })
 }
 
 fn optional(value: Option<f64>, digits: usize) -> String {
@@ -46,22 +51,53 @@ fn short(text: &Option<String>) -> &str {
     text.as_deref().unwrap_or("-")
 }
 
+/// The roofline, and a row for each kernel with a column for each number of threads and length.
+fn copies(results: &Results, out: &mut String) -> fmt::Result {
+    let of = |scenario: &'static str| {
+        results.runs.iter().filter(move |run| run.scenario == scenario).collect::<Vec<_>>()
+    };
+    let (roofline, copies) = (of("roofline"), of("copy"));
+    if !roofline.is_empty() {
+        writeln!(out, "\n{BOLD}roofline{BOLD:#}, GB/s: median {DIM}min max{DIM:#}")?;
+    }
+    for run in roofline {
+        writeln!(out, "  {:<24} {:>3} threads  {}", run.engine, run.threads, spread(run.gb_per_s))?;
+    }
+    let mut columns: Vec<(usize, u64)> =
+        copies.iter().filter_map(|run| Some((run.threads, run.batch_bytes?))).collect();
+    columns.sort_unstable();
+    columns.dedup();
+    if columns.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "\n{BOLD}copies{BOLD:#} by threads and length, GB/s, medians")?;
+    write!(out, "  {:<24}", "")?;
+    for (threads, bytes) in &columns {
+        write!(out, "{:>9}", format!("{threads}x{}", size(*bytes)))?;
+    }
+    writeln!(out)?;
+    for first in copies
+        .iter()
+        .filter(|run| (run.threads, run.batch_bytes) == (columns[0].0, Some(columns[0].1)))
+    {
+        write!(out, "  {:<24}", first.engine)?;
+        for (threads, bytes) in &columns {
+            let run = copies.iter().find(|run| {
+                (&run.engine, run.threads, run.batch_bytes)
+                    == (&first.engine, *threads, Some(*bytes))
+            });
+            write!(out, "{:>9}", optional(run.and_then(|run| run.rate()), 2))?;
+        }
+        writeln!(out)?;
+    }
+    Ok(())
+}
+
 /// Copies and moves.
 fn throughput(results: &Results, out: &mut String) -> fmt::Result {
-    let is_copy = |run: &&Run| ["roofline", "copy"].contains(&run.scenario.as_str());
-    let mut copies: Vec<&Run> = results.runs.iter().filter(is_copy).collect();
-    if !copies.is_empty() {
-        copies.sort_by(|a, b| b.rate().unwrap_or(0.0).total_cmp(&a.rate().unwrap_or(0.0)));
-        writeln!(out, "\n{BOLD}copies{BOLD:#} between huge pages, GB/s: median {DIM}min max{DIM:#}")?;
-        for run in &copies {
-            writeln!(out, "  {:<9} {:<22} {:>3} threads {:>5}  {}",
-                run.scenario, run.engine, run.threads,
-                run.batch_bytes.map(size).unwrap_or_default(), spread(run.gb_per_s))?;
-        }
-    }
-    const MOVES: [&str; 6] = [
-        "sequential", "move", "move_default", "one_way_sequential", "one_way", "move_pages",
-    ];
+    copies(results, out)?;
+    const MOVES: [&str; 6] =
+        ["sequential", "move", "move_default", "one_way_sequential", "one_way", "move_pages"];
     for (folio, _) in FOLIOS {
         let of = |scenario: &str| {
             let is = |run: &&Run| run.scenario == scenario && run.folio_bytes == Some(folio);
@@ -71,16 +107,24 @@ fn throughput(results: &Results, out: &mut String) -> fmt::Result {
         if runs.is_empty() {
             continue;
         }
-        writeln!(out, "\n{BOLD}moves of {} folios{BOLD:#}, GB/s: median {DIM}min max{DIM:#}; \
+        writeln!(
+            out,
+            "\n{BOLD}moves of {} folios{BOLD:#}, GB/s: median {DIM}min max{DIM:#}; \
              hole p50 and p99 in us; first folio in us; per GiB: CPU seconds (getrusage), faults, \
-             switches, TLB shootdowns", size(folio))?;
+             switches, TLB shootdowns",
+            size(folio)
+        )?;
         for run in runs {
             let counters = run.per_gib;
             writeln!(
                 out,
                 "  {:<18} {:<6} {:<9} {:<11} {:<20} {:>2} thr {:>4}  {}  {:>6} {:>6}  {:>6}  {:>5} ({}) {} {} {}",
-                run.scenario, short(&run.order), short(&run.division), short(&run.frames),
-                run.engine, run.threads,
+                run.scenario,
+                short(&run.order),
+                short(&run.division),
+                short(&run.frames),
+                run.engine,
+                run.threads,
                 run.batch_bytes.map_or_else(|| "auto".to_owned(), size),
                 spread(run.gb_per_s),
                 optional(run.hole_us.map(|h| h.p50), 0),
@@ -104,16 +148,27 @@ fn first_folio(results: &Results, out: &mut String) -> fmt::Result {
             if curve.is_empty() {
                 continue;
             }
-            writeln!(out, "\n{BOLD}batch size{BOLD:#}, {} folios, {order}: first folio in us, GB/s",
-                size(folio))?;
+            writeln!(
+                out,
+                "\n{BOLD}batch size{BOLD:#}, {} folios, {order}: first folio in us, GB/s",
+                size(folio)
+            )?;
             for run in curve {
-                writeln!(out, "  {:>5}  {:>8}  {}",
+                writeln!(
+                    out,
+                    "  {:>5}  {:>8}  {}",
                     run.batch_bytes.map(size).unwrap_or_default(),
-                    optional(run.first_folio_us, 1), spread(run.gb_per_s))?;
+                    optional(run.first_folio_us, 1),
+                    spread(run.gb_per_s)
+                )?;
             }
             if let Some((batch, rate, first)) = figures::best_batch(&results.runs, folio, order) {
-                writeln!(out, "  the smallest within 10 % of the fastest: {}, {rate:.2} GB/s, first \
-                     folio after {first:.0} us", size(batch))?;
+                writeln!(
+                    out,
+                    "  the smallest within 10 % of the fastest: {}, {rate:.2} GB/s, first \
+                     folio after {first:.0} us",
+                    size(batch)
+                )?;
             }
         }
     }
@@ -127,10 +182,17 @@ fn felt(results: &Results, out: &mut String) -> fmt::Result {
         if runs.is_empty() {
             continue;
         }
-        writeln!(out, "\n{BOLD}what a program feels{BOLD:#}, {} folios: latency of an access in us, \
-             share of time in stalls; holes in us; the move's GB/s", size(folio))?;
-        writeln!(out, "  {DIM}{:<14} {:<9} {:>8} {:>8} {:>8} {:>9} {:>8} {:>7} | {:>7} {:>7} {:>8} | GB/s{DIM:#}",
-            "beside", "", "p50", "p99", "p99.9", "max", "M/s", "stalled", "p50", "p99", "max")?;
+        writeln!(
+            out,
+            "\n{BOLD}what a program feels{BOLD:#}, {} folios: latency of an access in us, \
+             share of time in stalls; holes in us; the move's GB/s",
+            size(folio)
+        )?;
+        writeln!(
+            out,
+            "  {DIM}{:<14} {:<9} {:>8} {:>8} {:>8} {:>9} {:>8} {:>7} | {:>7} {:>7} {:>8} | GB/s{DIM:#}",
+            "beside", "", "p50", "p99", "p99.9", "max", "M/s", "stalled", "p50", "p99", "max"
+        )?;
         for run in runs {
             let beside = match run.stall_budget_us {
                 Some(us) => format!("budget {us:.0} us"),
@@ -140,11 +202,26 @@ fn felt(results: &Results, out: &mut String) -> fmt::Result {
                 let Some(Felt { latency_us: q, accesses_per_s, stalled_share, .. }) = felt else {
                     continue;
                 };
-                write!(out, "  {beside:<14} {who:<9} {:>8.2} {:>8.2} {:>8.1} {:>9.0} {:>8.2} {:>6.1}% |",
-                    q.p50, q.p99, q.p999, q.max, accesses_per_s / 1e6, stalled_share * 100.0)?;
+                write!(
+                    out,
+                    "  {beside:<14} {who:<9} {:>8.2} {:>8.2} {:>8.1} {:>9.0} {:>8.2} {:>6.1}% |",
+                    q.p50,
+                    q.p99,
+                    q.p999,
+                    q.max,
+                    accesses_per_s / 1e6,
+                    stalled_share * 100.0
+                )?;
                 match run.hole_us.filter(|_| who == "readers") {
-                    Some(hole) => writeln!(out, " {:>7.0} {:>7.0} {:>8.0} | {} {}", hole.p50, hole.p99,
-                        hole.max, optional(run.rate(), 2), short(&run.order))?,
+                    Some(hole) => writeln!(
+                        out,
+                        " {:>7.0} {:>7.0} {:>8.0} | {} {}",
+                        hole.p50,
+                        hole.p99,
+                        hole.max,
+                        optional(run.rate(), 2),
+                        short(&run.order)
+                    )?,
                     None => writeln!(out)?,
                 }
             }
@@ -159,15 +236,23 @@ fn others(results: &Results, out: &mut String) -> fmt::Result {
         ["one_cpu", "one_cpu_sequential", "busy", "busy_sequential", "single", "single_sequential"];
     let is = |run: &&Run| NAMES.contains(&run.scenario.as_str());
     let mut runs: Vec<&Run> = results.runs.iter().filter(is).collect();
-    runs.sort_by_key(|run| {
-        (NAMES.iter().position(|name| run.scenario == *name), run.folio_bytes)
-    });
+    runs.sort_by_key(|run| (NAMES.iter().position(|name| run.scenario == *name), run.folio_bytes));
     if !runs.is_empty() {
-        writeln!(out, "\n{BOLD}little to win{BOLD:#}, GB/s: median {DIM}min max{DIM:#}; a call of one folio in us")?;
+        writeln!(
+            out,
+            "\n{BOLD}little to win{BOLD:#}, GB/s: median {DIM}min max{DIM:#}; a call of one folio in us"
+        )?;
         for run in runs {
-            writeln!(out, "  {:<18} {:>3}  {:<6} {:<9} {}  {:>8}", run.scenario,
-                run.folio_bytes.map(size).unwrap_or_default(), short(&run.order),
-                short(&run.division), spread(run.gb_per_s), optional(run.call_us, 1))?;
+            writeln!(
+                out,
+                "  {:<18} {:>3}  {:<6} {:<9} {}  {:>8}",
+                run.scenario,
+                run.folio_bytes.map(size).unwrap_or_default(),
+                short(&run.order),
+                short(&run.division),
+                spread(run.gb_per_s),
+                optional(run.call_us, 1)
+            )?;
         }
     }
     for run in results.runs.iter().filter(|run| run.scenario == "memory") {
@@ -194,8 +279,14 @@ fn targets(results: &Results, out: &mut String) -> fmt::Result {
             Bound::AtLeast => ">=",
             Bound::AtMost => "<=",
         };
-        writeln!(out, "  {style}{word:<6}{style:#} {:<36} {:>9} {bound} {:<6} {DIM}{}{DIM:#}",
-            target.ratio, optional(target.value, 4), target.target, target.meaning)?;
+        writeln!(
+            out,
+            "  {style}{word:<6}{style:#} {:<36} {:>9} {bound} {:<6} {DIM}{}{DIM:#}",
+            target.ratio,
+            optional(target.value, 4),
+            target.target,
+            target.meaning
+        )?;
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The index against a search that reads every document.
 
+#![allow(clippy::cast_possible_truncation, reason = "six words and short documents")]
+
 use super::index::{Answer, Index};
 use super::text::{Grouped, Vocabulary};
 use allocator_api2::alloc::Global;

@@ -297,7 +297,7 @@ fn rounds(
     let slice = total / (rounds * 3);
     let start = Instant::now() + WARM_UP;
     let length = u64::try_from(total.as_millis()).unwrap_or(u64::MAX);
-    stage.begin("", length);
+    stage.begin("warming up", length);
     let glance = || {
         let passed = start.elapsed().as_millis();
         stage.bar.set_position(u64::try_from(passed).unwrap_or(length).min(length));
@@ -366,8 +366,8 @@ impl Stage {
     }
 
     fn begin(&self, what: &'static str, length: u64) {
-        self.bar.reset();
-        self.bar.set_length(length);
         self.bar.set_message(what);
+        self.bar.set_length(length);
+        self.bar.reset();
     }
 }

@@ -171,15 +171,15 @@ mod tests {
 
     #[test]
     fn a_cursor_finds_every_document_and_no_other() {
-        for step in [1, 2, 3, 7] {
-            let list = list((0..200).step_by(step));
+        for step in [1u32, 2, 3, 7] {
+            let list = list((0..200).step_by(step as usize));
             let mut cursor = list.cursor();
-            for doc in 0..220 {
-                let is_there = doc < 200 && doc as usize % step == 0;
+            for doc in 0u32..220 {
+                let is_there = doc < 200 && doc.is_multiple_of(step);
                 assert_eq!(cursor.seek(doc).map(|e| e.doc), is_there.then_some(doc));
             }
             let mut far = list.cursor();
-            assert_eq!(far.seek(step as u32 * 20).map(|e| e.doc), Some(step as u32 * 20));
+            assert_eq!(far.seek(step * 20).map(|e| e.doc), Some(step * 20));
             assert_eq!(far.seek(0), None, "passed already");
         }
         assert_eq!(list([]).cursor().seek(1), None);

@@ -8,14 +8,16 @@ use super::{Berth, runs, set};
 use crate::flight::{Bits, MAX_PAGES, bit};
 use crate::report::Order;
 use crate::tally::Tally;
-use pageferry_copy::{CopyBatch, CopyOp, OpResult};
+use pageferry_copy::{CopyOp, OpResult};
 use pageferry_sys::page_size;
 use std::ops::Range;
+use std::sync::Arc;
 
 impl Berth<'_> {
     /// The copies of this batch, of at most `longest` bytes each: from the region while the pages
     /// are still there (live), else from the slots (frozen). False: they do not fit the batch.
-    pub(crate) fn fill_batch(&self, longest: usize) -> bool {
+    pub(crate) fn fill_batch(&mut self, longest: usize) -> bool {
+        let batch = Arc::clone(self.batch());
         let longest = (longest / page_size()).clamp(1, MAX_PAGES);
         let live = self.order == Order::Live;
         let wanted = |page: usize| live || bit(&self.out, page);
@@ -32,7 +34,7 @@ impl Berth<'_> {
             let len = (page - from) * page_size();
             (len > 0).then(|| CopyOp { dst: self.frame(from), src, len })
         });
-        self.batch.fill(ops).is_ok()
+        batch.fill(ops).is_ok()
     }
 
     /// Copies here and now, with the engine's CPU kernel.
@@ -70,11 +72,12 @@ impl Berth<'_> {
 
     /// Takes over the results of the batch; what failed is copied again from the slots.
     pub(crate) fn collect_batch(&mut self, tally: &mut Tally) {
-        for i in 0..self.batch.len() {
-            if self.batch.result(i) == Some(OpResult::Done) {
+        let Some(batch) = self.batch.clone() else { return };
+        for i in 0..batch.len() {
+            if batch.result(i) == Some(OpResult::Done) {
                 continue;
             }
-            let Some(op) = self.batch.op(i) else { continue };
+            let Some(op) = batch.op(i) else { continue };
             let first = (op.dst - self.frame(0)) / page_size();
             set(&mut self.redo, first..first + op.len / page_size());
             tally.fallbacks += 1;
@@ -86,8 +89,8 @@ impl Berth<'_> {
     pub(crate) fn abandon(&mut self) {
         self.abandoned = true;
         set(&mut self.failed, 0..self.pages);
-        // The engine may hold on to the batch for ever; the next one needs a new one.
-        self.batch = CopyBatch::with_capacity(MAX_PAGES);
+        // The engine may hold on to the batch for ever: it is not used again.
+        std::mem::forget(self.batch.take());
         if let Some(frames) = &mut self.frames {
             frames.lost = true;
         }

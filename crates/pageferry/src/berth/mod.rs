@@ -80,7 +80,8 @@ pub(crate) fn back_off(tries: u32) {
 pub(crate) struct Berth<'c> {
     ctx: &'c Context,
     kernel: Kernel,
-    pub(crate) batch: Arc<CopyBatch>,
+    /// What the copy engine gets; taken from the spare ones when it is first needed.
+    batch: Option<Arc<CopyBatch>>,
     segment: Option<Segment>,
     pages: usize,
     order: Order,
@@ -110,7 +111,7 @@ impl<'c> Berth<'c> {
         Self {
             ctx,
             kernel,
-            batch: CopyBatch::with_capacity(MAX_PAGES),
+            batch: None,
             segment: None,
             pages: 0,
             order: Order::Frozen,
@@ -130,6 +131,17 @@ impl<'c> Berth<'c> {
         }
     }
 
+    /// The list of copies for the engine.
+    pub(crate) fn batch(&mut self) -> &Arc<CopyBatch> {
+        let spare = &self.ctx.spare_batches;
+        self.batch.get_or_insert_with(|| {
+            spare.lock().pop().unwrap_or_else(|| CopyBatch::with_capacity(MAX_PAGES))
+        })
+    }
+    /// Whether the engine has nothing of this berth (any more).
+    pub(crate) fn is_copied(&self) -> bool {
+        self.batch.as_ref().is_none_or(|b| !b.is_submitted())
+    }
     fn seg(&self) -> &Segment {
         self.segment.as_ref().expect("a step of the transaction runs only with a segment loaded")
     }
@@ -402,11 +414,13 @@ impl<'c> Berth<'c> {
 impl Drop for Berth<'_> {
     fn drop(&mut self) {
         // Reached with pages out, or with copies under way, only by a panic.
-        if self.batch.is_submitted() && !self.batch.wait_timeout(Duration::from_secs(10)) {
+        let left = self.batch.as_ref().filter(|b| b.is_submitted());
+        if left.is_some_and(|b| !b.wait_timeout(Duration::from_secs(10))) {
             self.abandon();
         }
         let mut tally = Tally::new();
         self.close(&mut tally);
         self.retire(Source::FreshOnly);
+        self.ctx.spare_batches.lock().extend(self.batch.take());
     }
 }

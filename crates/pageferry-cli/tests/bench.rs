@@ -1,0 +1,183 @@
+//! `pageferry bench` as a user meets it: what it writes, and what it refuses before it begins.
+
+use std::io::Read as _;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::assert::Assert;
+use assert_cmd::cargo::cargo_bin;
+use serde_json::Value;
+
+fn bench(args: &[&str]) -> Assert {
+    assert_cmd::Command::new(cargo_bin("pageferry"))
+        .arg("bench")
+        .args(args)
+        .env("NO_COLOR", "1")
+        .assert()
+}
+
+fn stdout(assert: &Assert) -> String {
+    String::from_utf8_lossy(&assert.get_output().stdout).into_owned()
+}
+
+fn stderr(assert: &Assert) -> String {
+    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+}
+
+/// Whether this machine lets an engine be built at all; says so if not.
+fn can_move() -> bool {
+    let probe = bench(&["--smoke", "--only", "memory"]);
+    let ran = probe.get_output().status.code() == Some(0);
+    if !ran {
+        eprintln!("skipped: no engine can be built here: {}", stderr(&probe));
+    }
+    ran
+}
+
+fn runs<'a>(results: &'a Value, scenario: &str) -> Vec<&'a Value> {
+    let runs = results["runs"].as_array().expect("runs");
+    runs.iter().filter(|run| run["scenario"] == scenario).collect()
+}
+
+#[test]
+fn a_smoke_run_verifies_every_move_and_writes_json_and_a_page() {
+    if !can_move() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let (json, html) = (dir.path().join("bench.json"), dir.path().join("bench.html"));
+    let (json, html) = (json.to_str().expect("a path"), html.to_str().expect("a path"));
+    let done = bench(&["--smoke", "--json", json, "--html", html]).success();
+    let text = stdout(&done);
+    assert!(text.contains("where this loses"), "{text}");
+    assert!(text.contains("every word was read back and was right"), "{text}");
+
+    let results = std::fs::read_to_string(json).expect("results");
+    let results: Value = serde_json::from_str(&results).expect("JSON");
+    assert_eq!(results["schema_version"], 1);
+    assert_eq!(results["complete"], true);
+    assert_eq!(results["failures"], serde_json::json!([]));
+    assert!(results["machine"]["cpus"].as_u64() >= Some(1));
+    for scenario in [
+        "memory",
+        "roofline",
+        "copy",
+        "sequential",
+        "move",
+        "move_default",
+        "one_way",
+        "first_folio",
+        "single",
+        "busy",
+        "one_cpu",
+        "feel",
+        "feel_idle",
+        "feel_burn",
+    ] {
+        assert!(!runs(&results, scenario).is_empty(), "no run of {scenario}");
+    }
+    for run in results["runs"].as_array().expect("runs") {
+        let moves = run["frames"].is_string() && run["scenario"] != "move_pages";
+        assert!(!moves || run["verified"] == true, "{run}");
+    }
+    let spread = &runs(&results, "move")[0]["gb_per_s"];
+    let at = |key: &str| spread[key].as_f64().expect("a number");
+    assert!(0.0 < at("min") && at("min") <= at("median") && at("median") <= at("max"));
+    for ratio in [
+        "move_4k_over_roofline",
+        "move_4k_over_sequential",
+        "one_way_4k_over_sequential",
+        "single_4k_over_sequential",
+        "engine_metadata_over_managed",
+    ] {
+        assert!(results["ratios"][ratio].as_f64().is_some(), "no {ratio}");
+    }
+    let feel = runs(&results, "feel")[0];
+    assert!(feel["readers"]["latency_us"]["p999"].as_f64().is_some(), "{feel}");
+    assert!(feel["stall_us"]["count"].as_u64() > Some(0), "{feel}");
+
+    let page = std::fs::read_to_string(html).expect("a page");
+    assert!(page.contains("<svg") && page.contains("prefers-color-scheme"));
+    assert!(!page.contains("<script") && !page.contains("src=") && !page.contains("href="));
+    assert!(!page.contains("NaN"));
+}
+
+#[test]
+fn json_without_a_file_goes_to_stdout_alone() {
+    if !can_move() {
+        return;
+    }
+    let done = bench(&["--smoke", "--only", "roofline", "--json"]).success();
+    let results: Value = serde_json::from_str(&stdout(&done)).expect("nothing but JSON");
+    assert!(!runs(&results, "roofline").is_empty());
+    assert!(runs(&results, "move").is_empty());
+    assert_eq!(results["settings"]["scenarios"], serde_json::json!(["roofline"]));
+}
+
+#[test]
+fn the_schema_is_printed_and_names_the_fields_of_the_results() {
+    let done = bench(&["--schema"]).success();
+    let schema: Value = serde_json::from_str(&stdout(&done)).expect("JSON");
+    for field in ["machine", "runs", "ratios", "targets", "losses"] {
+        assert!(schema["properties"][field].is_object(), "{field}");
+    }
+}
+
+#[test]
+fn an_interrupted_run_reports_what_it_has_and_says_that_it_is_not_all() {
+    if !can_move() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let json = dir.path().join("bench.json");
+    let mut child = Command::new(cargo_bin("pageferry"))
+        .args(["bench", "--smoke", "--rounds", "1000", "--only", "memory,copy", "--json"])
+        .arg(&json)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    // Once it has threads, it has long installed its handler of signals.
+    let tasks = format!("/proc/{}/task", child.id());
+    while std::fs::read_dir(&tasks).is_ok_and(|tasks| tasks.count() < 2) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(sent.expect("kill").success());
+    let patience = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        match child.try_wait().expect("a child") {
+            Some(status) => break status,
+            None if Instant::now() > patience => {
+                child.kill().expect("a child");
+                panic!("it did not stop");
+            }
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let mut text = String::new();
+    child.stdout.take().expect("a pipe").read_to_string(&mut text).expect("text");
+    assert_eq!(status.code(), Some(130), "{text}");
+    assert!(text.contains("cut short"), "{text}");
+    let results = std::fs::read_to_string(&json).expect("results");
+    let results: Value = serde_json::from_str(&results).expect("JSON");
+    assert_eq!(results["complete"], false);
+}
+
+#[test]
+fn bad_options_are_refused_with_a_remedy_before_anything_runs() {
+    for (args, part) in [
+        (&["--size", "4K"][..], "too small"),
+        (&["--size", "900T"], "does not fit"),
+        (&["--seconds", "0"], "--seconds 0"),
+        (&["--html", "/nonexistent/page.html"], "cannot write"),
+        (&["--only", "speed"], "speed"),
+        (&["--size", "12Q"], "12Q"),
+        (&["--rounds", "0"], "0"),
+    ] {
+        let refused = bench(args).code(2);
+        let text = stderr(&refused);
+        assert!(text.contains(part) && text.contains("remedy:"), "{args:?}: {text}");
+        assert_eq!(stdout(&refused), "");
+    }
+}
