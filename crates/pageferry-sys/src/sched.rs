@@ -28,3 +28,34 @@ pub fn allowed_cpus() -> Vec<u32> {
     // SAFETY: every index is below CPU_SETSIZE.
     (0..limit).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu as usize, &set) }).collect()
 }
+
+/// `struct sched_attr`, include/uapi/linux/sched/types.h (`SCHED_ATTR_SIZE_VER1`).
+#[repr(C)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+    util_min: u32,
+    util_max: u32,
+}
+const _: () = assert!(size_of::<SchedAttr>() == 56);
+
+/// The calling thread's time slice: how long it runs before an equal may take its CPU. `None`
+/// where the kernel does not tell (before 6.12, or another scheduling class).
+pub fn slice() -> Option<std::time::Duration> {
+    let size = u32::try_from(size_of::<SchedAttr>()).ok()?;
+    // SAFETY: all of the structure's fields may be zero.
+    let mut attr: SchedAttr = unsafe { std::mem::zeroed() };
+    // SAFETY: sched_getattr writes at most `size` bytes to the structure; pid 0 is this thread.
+    let ret = unsafe {
+        libc::syscall(libc::SYS_sched_getattr, 0, std::ptr::from_mut(&mut attr), size, 0)
+    };
+    // SCHED_OTHER is 0; its slice is told in the field of the deadline class (6.12).
+    (ret == 0 && attr.policy == 0 && attr.runtime > 0)
+        .then(|| std::time::Duration::from_nanos(attr.runtime))
+}

@@ -44,6 +44,10 @@ pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
                 let mut words: Vec<&str> = words.map(String::as_str).collect();
                 words.retain(|word| *word != "recycled");
                 let batch = run.batch_bytes.map(size).unwrap_or_default();
+                let own = run.engine == results.settings.default_engine;
+                if !own && run.scenario == "move" {
+                    words.push(run.engine.trim_start_matches("cpu:"));
+                }
                 let kind = match run.scenario.as_str() {
                     "move" | "one_way" => String::new(),
                     "move_default" => "default: ".to_owned(),

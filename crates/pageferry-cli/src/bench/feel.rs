@@ -13,6 +13,7 @@
 //! many accesses it held up. [`Felt::stalled_share`] says how much of the time stalls took.
 
 use std::cell::Cell;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -105,25 +106,34 @@ impl Case for FeelCase<'_> {
         let field = self.field;
         let (content, words) = (field.content(), Words::of(&field.region));
         let stop = AtomicBool::new(false);
+        // All begin together: a thread that is still being started would measure nothing.
+        let start = Barrier::new(2 * lab.plan.accessors + 1);
         let reading = Reading::now();
-        let began = Instant::now();
-        let (accesses, moved) = thread::scope(|scope| {
+        let (accesses, moved, wall) = thread::scope(|scope| {
             let (readers, writers): (Vec<_>, Vec<_>) = (0..lab.plan.accessors)
                 .map(|id| {
-                    let stop = &stop;
+                    let (stop, start) = (&stop, &start);
                     let count = lab.plan.accessors;
                     let owned = Owned::new(id, words.len());
                     (
-                        scope.spawn(move || read(words, content, count, id, stop)),
-                        scope.spawn(move || write(words, content, owned, stop)),
+                        scope.spawn(move || {
+                            start.wait();
+                            read(words, content, count, id, stop)
+                        }),
+                        scope.spawn(move || {
+                            start.wait();
+                            write(words, content, owned, stop)
+                        }),
                     )
                 })
                 .unzip();
+            start.wait();
+            let began = Instant::now();
             let moved = go_on(&mut self.beside, field, self.duty, began + length, warm_up);
             stop.store(true, Ordering::Relaxed);
-            (join(readers, writers), moved)
+            let wall = began.elapsed();
+            (join(readers, writers), moved, wall)
         });
-        let wall = began.elapsed();
         let accesses = accesses?;
         let moved = moved?;
         let cpu = reading.elapsed().cpu().saturating_sub(accesses.cpu);
@@ -371,9 +381,11 @@ fn burn(
 /// The scenario `feel`.
 pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> {
     let sizes = lab.folio_sizes();
+    // All of it is read back after each measurement: so large that no cache holds it is enough.
+    let bytes = lab.plan.region.min(if lab.plan.is_full() { usize::MAX } else { 128 << 20 });
     let fields = sizes
         .into_iter()
-        .map(|folio| Field::new(&lab.engine, folio, lab.plan.region, lab.content))
+        .map(|folio| Field::new(&lab.engine, folio, bytes, lab.content))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let duties: Vec<Duty> = fields.iter().map(|_| Duty::default()).collect();
     let mut cases: Vec<Box<dyn Case + '_>> = Vec::new();

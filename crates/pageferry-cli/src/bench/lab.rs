@@ -140,7 +140,17 @@ impl<'a> Lab<'a> {
                 break;
             }
         }
-        results.runs.extend(cases.into_iter().flatten().filter_map(Case::finish));
+        for case in cases.into_iter().flatten() {
+            let what = case.name();
+            match case.finish() {
+                Some(run) => results.runs.push(run),
+                None if cancel::requested() => {}
+                None => {
+                    let because = "nothing was measured in the time there was".to_owned();
+                    results.skipped.push(Skipped { what, because });
+                }
+            }
+        }
         self.bar.set_message("");
         !cancel::requested()
     }

@@ -7,7 +7,7 @@ const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 320.0;
 /// Room for axis labels: left, right, top, bottom.
 const LEFT: f64 = 58.0;
-const RIGHT: f64 = 14.0;
+const RIGHT: f64 = 34.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 46.0;
 
@@ -51,14 +51,17 @@ fn place(value: f64, (low, high): (f64, f64), scale: Scale) -> f64 {
 fn marks(low: f64, high: f64, scale: Scale) -> Vec<f64> {
     match scale {
         Scale::Log => {
-            let (first, last) =
-                (low.log10().floor(), high.log10().ceil().max(low.log10().floor() + 1.0));
-            let mut marks = vec![10f64.powf(first)];
-            while marks.last().is_some_and(|&mark| mark < 10f64.powf(last) * 0.999)
-                && marks.len() < 20
-            {
-                marks.push(marks[marks.len() - 1] * 10.0);
+            let (first, last) = (low.log10().floor(), high.log10().ceil());
+            let last = last.max(first + 1.0);
+            // Two decades or less are too few marks.
+            let steps: &[f64] = if last - first <= 2.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+            let mut marks = Vec::new();
+            let mut power = 10f64.powf(first);
+            while power < 10f64.powf(last) * 0.999 && marks.len() < 60 {
+                marks.extend(steps.iter().map(|step| step * power));
+                power *= 10.0;
             }
+            marks.push(power);
             marks
         }
         Scale::Linear => {
@@ -217,7 +220,7 @@ pub(super) fn bars(
     reference: Option<(f64, &str)>,
 ) -> Result<String, fmt::Error> {
     const ROW: f64 = 22.0;
-    const NAMES: f64 = 250.0;
+    const NAMES: f64 = 290.0;
     let mut out = String::new();
     if bars.is_empty() {
         return Ok(out);
@@ -227,8 +230,8 @@ pub(super) fn bars(
     let scale_marks = marks(0.0, top, Scale::Linear);
     let end = scale_marks[scale_marks.len() - 1];
     let x_at = |value: f64| NAMES + value / end * (WIDTH - NAMES - 48.0);
-    let height = bars.len() as f64 * ROW + 44.0;
-    let floor = height - 30.0;
+    let height = bars.len() as f64 * ROW + 50.0;
+    let floor = height - 36.0;
     writeln!(out, "<figure><figcaption>{}</figcaption>", escape(title))?;
     writeln!(
         out,
@@ -306,8 +309,8 @@ mod tests {
     #[test]
     fn marks_span_the_values() {
         assert_eq!(marks(0.0, 9.3, Scale::Linear), [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]);
-        assert_eq!(marks(0.3, 40.0, Scale::Log).len(), 4);
-        assert!(marks(5.0, 5.0, Scale::Log).len() >= 2);
+        assert_eq!(marks(0.3, 40.0, Scale::Log), [0.1, 1.0, 10.0, 100.0]);
+        assert_eq!(marks(5.0, 5.0, Scale::Log), [1.0, 2.0, 5.0, 10.0]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Up to here a page can be left where it is. What the kernel refuses to move gets its outcome
 //! and stays.
 
-use super::{Berth, DETACH_TRIES, TURN, back_off, is_empty, set};
+use super::{Berth, DETACH_TRIES, back_off, is_empty, set};
 use crate::flight::{MAX_PAGES, bit};
 use crate::pool::pages_per_extent;
 use crate::report::{Busy, Outcome};
@@ -32,9 +32,8 @@ impl Berth<'_> {
 
     /// Opens a hole over `piece` (pages of the segment) and takes the pages out.
     pub(crate) fn detach(&mut self, piece: Range<usize>, nested: bool) {
-        if !nested && self.last_yield.elapsed() > TURN {
-            pageferry_sys::sched::yield_now();
-            self.last_yield = Instant::now();
+        if !nested {
+            self.turn.offer();
         }
         // A page out of its place and a fork must not meet.
         if self.fork_hold.is_none() {

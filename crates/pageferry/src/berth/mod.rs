@@ -32,9 +32,6 @@ use std::time::{Duration, Instant};
 
 /// Tries of a call that says `EAGAIN` before a page that is still in its place is left there.
 const DETACH_TRIES: u32 = 64;
-/// A thread that has run for this long offers its CPU before it opens a hole: losing it then costs
-/// nobody anything, losing it with a hole open costs whoever waits there a time slice (3 ms).
-const TURN: Duration = Duration::from_micros(200);
 
 fn set(bits: &mut Bits, range: Range<usize>) {
     for i in range {
@@ -75,6 +72,32 @@ pub(crate) fn back_off(tries: u32) {
     }
 }
 
+/// When a thread should offer its CPU: losing it then costs nobody anything, losing it with a hole
+/// open costs whoever waits there a time slice or more.
+///
+/// Near the end of the slice, and not before: a thread that yields gives up the rest of its slice
+/// (since Linux 6.18 for good), so yielding often would cost it its share of a busy CPU.
+#[derive(Debug)]
+struct Turn {
+    began: Instant,
+    length: Duration,
+}
+
+impl Turn {
+    fn new() -> Self {
+        // 2.8 ms: the default slice with eight CPUs or more, where the kernel does not tell.
+        let slice = pageferry_sys::sched::slice().unwrap_or(Duration::from_micros(2800));
+        Self { began: Instant::now(), length: slice * 3 / 4 }
+    }
+
+    fn offer(&mut self) {
+        if self.began.elapsed() > self.length {
+            pageferry_sys::sched::yield_now();
+            self.began = Instant::now();
+        }
+    }
+}
+
 /// A place for one batch, reused for one after the other.
 #[derive(Debug)]
 pub(crate) struct Berth<'c> {
@@ -103,7 +126,8 @@ pub(crate) struct Berth<'c> {
     kernel_copy: bool,
     /// This thread has other holes open.
     nested: bool,
-    last_yield: Instant,
+    /// When to offer the CPU to others before the next hole, and how often.
+    turn: Turn,
 }
 
 impl<'c> Berth<'c> {
@@ -127,7 +151,7 @@ impl<'c> Berth<'c> {
             abandoned: false,
             kernel_copy: false,
             nested: false,
-            last_yield: Instant::now(),
+            turn: Turn::new(),
         }
     }
 
