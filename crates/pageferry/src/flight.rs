@@ -10,7 +10,8 @@
 //!
 //! 1. *No write is lost.* A write to a protected page waits until the handler has marked the page
 //!    dirty and lifted the protection, in that order, under the gate. The conductor reads the
-//!    marks after detach, so a write that landed before detach was marked before it.
+//!    marks after detach, so a write that landed before detach was marked before it. (A write to a
+//!    huge folio waits until the folio is in its new place.)
 //! 2. *A stale message does no harm.* A message about a flight that has ended finds either no
 //!    flight (then nothing is protected: a flight protects its pages only once it is open) or the
 //!    flight that holds the page now (the page is marked dirty *there* before its protection is
@@ -28,16 +29,19 @@
 //!    that were *not* in the air could be detached between the event and the drop: a [`Quarantine`]
 //!    keeps new flights off them until the drop is seen to be done.
 //!
-//! Loom checks 1 to 5 (`tests` below, under `--cfg loom`).
+//! Loom checks 1 to 5 (`flight_model`, under `--cfg loom`).
 
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, ExclusiveGuard, Gate, Ordering};
+use crate::sync::{
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, ExclusiveGuard, Gate, Mutex, Ordering,
+};
 use crate::units::overlap;
 use pageferry_sys::uffd::Event;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// Pages in one flight at most: a 2 MiB block of 4 KiB pages.
-pub(crate) const MAX_PAGES: usize = 512;
+/// Pages in one flight at most: a 2 MiB block of 4 KiB pages. Fewer for the model checker, which
+/// looks at every word.
+pub(crate) const MAX_PAGES: usize = if cfg!(loom) { 64 } else { 512 };
 const WORDS: usize = MAX_PAGES / 64;
 
 /// How long a range stays off limits after a `madvise` event whose effect cannot be seen (a page
@@ -58,7 +62,7 @@ struct Flight {
     dirty: [AtomicU64; WORDS],
     gone: [AtomicU64; WORDS],
     any_gone: AtomicBool,
-    /// The flight carries one huge folio, which is protected, written and repaired as a whole.
+    /// The flight carries one huge folio, whose writers wait.
     huge: AtomicBool,
 }
 
@@ -113,12 +117,10 @@ impl Rare {
 /// What the handler must do about a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The page is in a hole: its waiter is woken by attach.
+    /// The page is in a hole, or part of a huge folio under copy: its waiter is woken by attach.
     Wait,
     /// Lift the protection; the page was marked dirty if it is in the air.
     Unprotect,
-    /// As `Unprotect`, for the whole huge folio (a part of it could only be split off).
-    UnprotectHuge,
     /// The page was never there: give it its first content.
     FirstTouch,
 }
@@ -145,7 +147,7 @@ pub(crate) struct Flights {
     gate: Gate,
     slots: Box<[Flight]>,
     page: usize,
-    rare: parking_lot::Mutex<Rare>,
+    rare: Mutex<Rare>,
     /// Set while `rare` holds anything, so that the common path does not lock it.
     any_rare: AtomicBool,
 }
@@ -164,7 +166,7 @@ impl Flights {
             gate: Gate::default(),
             slots,
             page,
-            rare: parking_lot::Mutex::default(),
+            rare: Mutex::default(),
             any_rare: AtomicBool::new(false),
         }
     }
@@ -352,9 +354,11 @@ impl Handling<'_> {
         let home = self.origin_of(page);
         let flight = self.flights.slots.iter().find(|f| f.range().contains(&home));
         match flight {
+            // Letting the writer go would mean to copy all of the folio again, in the hole, where
+            // readers wait too. So it waits for the copy under way, and readers do not.
             Some(flight) if protected && flight.huge.load(R) => {
-                flight.dirty.iter().for_each(|word| word.store(u64::MAX, R));
-                Verdict::UnprotectHuge
+                flight.waiters.fetch_add(1, R);
+                Verdict::Wait
             }
             Some(flight) if protected => {
                 let index = (home - flight.start.load(R)) / self.flights.page;

@@ -9,7 +9,6 @@
 
 use crate::context::Context;
 use crate::flight::Verdict;
-use crate::units::HUGE;
 use pageferry_sys::page_size;
 use pageferry_sys::pagemap::{Categories, Run};
 use pageferry_sys::uffd::{RawMsg, Signal, wait_readable};
@@ -46,11 +45,9 @@ pub(crate) fn serve(ctx: &Context, stop: &Signal) {
 
 fn resolve(ctx: &Context, page: usize, verdict: Verdict) {
     let (sys, fd) = (&ctx.sys, &ctx.uffd);
-    let huge = page & !(HUGE - 1);
     let resolved = match verdict {
         Verdict::Wait => return,
         Verdict::Unprotect => sys.unprotect(fd, page, page_size()).is_ok(),
-        Verdict::UnprotectHuge => sys.unprotect(fd, huge, HUGE).is_ok(),
         // The zero page, as for any first touch; a write then gets a page of its own from the
         // kernel, on the node that its thread's and the mapping's policy say.
         Verdict::FirstTouch => sys.zero_in(fd, page, page_size()).error.is_none(),

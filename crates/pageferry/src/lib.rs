@@ -48,6 +48,8 @@ mod engine;
 #[cfg(not(loom))]
 mod error;
 mod flight;
+#[cfg(all(test, loom))]
+mod flight_model;
 #[cfg(not(loom))]
 mod handler;
 #[cfg(not(loom))]

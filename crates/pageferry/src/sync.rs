@@ -15,6 +15,28 @@ pub(crate) type SharedGuard<'a> = loom::sync::RwLockReadGuard<'a, ()>;
 #[cfg(loom)]
 pub(crate) type ExclusiveGuard<'a> = loom::sync::RwLockWriteGuard<'a, ()>;
 
+#[cfg(not(loom))]
+pub(crate) use parking_lot::Mutex;
+
+/// Loom's, with the interface of the other.
+#[cfg(loom)]
+#[derive(Debug)]
+pub(crate) struct Mutex<T>(loom::sync::Mutex<T>);
+
+#[cfg(loom)]
+impl<T: Default> Default for Mutex<T> {
+    fn default() -> Self {
+        Self(loom::sync::Mutex::new(T::default()))
+    }
+}
+
+#[cfg(loom)]
+impl<T> Mutex<T> {
+    pub(crate) fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
+        self.0.lock().expect("no thread panics while it holds the lock")
+    }
+}
+
 /// The lock between the fault handler (exclusive) and those who move pages (shared).
 #[cfg(not(loom))]
 #[derive(Debug, Default)]

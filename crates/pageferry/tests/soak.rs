@@ -127,7 +127,7 @@ fn soak() {
         .iter()
         .map(|region| {
             fill(region, 0..region.len());
-            Racers::start(region, 1, 1)
+            Racers::start(region, usize::from(region.len() > 8 << 20), 1)
         })
         .collect();
     let scratch = make(4 << 20, Folios::Mixed);

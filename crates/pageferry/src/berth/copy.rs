@@ -8,10 +8,14 @@ use super::{Berth, runs, set};
 use crate::flight::{Bits, MAX_PAGES, bit};
 use crate::report::Order;
 use crate::tally::Tally;
-use pageferry_copy::{CopyOp, OpResult};
+use pageferry_copy::{CopyOp, Kernel, OpResult};
 use pageferry_sys::page_size;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Batches of up to so many bytes are copied through the cache, whatever the kernel: whoever moves
+/// a few pages is likely to use them soon, and past the cache a page takes twice as long.
+const CACHED: usize = 32 << 10;
 
 impl Berth<'_> {
     /// The copies of this batch, of at most `longest` bytes each: from the region while the pages
@@ -37,14 +41,19 @@ impl Berth<'_> {
         batch.fill(ops).is_ok()
     }
 
-    /// Copies here and now, with the engine's CPU kernel.
+    /// The CPU kernel for this batch.
+    fn kernel(&self) -> Kernel {
+        if self.bytes() <= CACHED { Kernel::MEMCPY } else { self.kernel }
+    }
+
+    /// Copies here and now.
     pub(crate) fn copy_inline(&mut self) {
         match self.order {
             Order::Live => {
                 let (dst, src, len) = (self.frame(0), self.addr(0), self.bytes());
                 // SAFETY: the frames are ours; the region may be written or unmapped meanwhile,
                 // which the kernel tolerates and reports.
-                if unsafe { self.kernel.copy(dst, src, len) }.is_err() {
+                if unsafe { self.kernel().copy(dst, src, len) }.is_err() {
                     set(&mut self.redo, 0..self.pages);
                 }
             }
@@ -58,7 +67,7 @@ impl Berth<'_> {
                         let len = r.len() * page_size();
                         // SAFETY: frames and slots are ours.
                         let copied = unsafe {
-                            self.kernel.copy(self.frame(r.start), self.slot(r.start), len)
+                            self.kernel().copy(self.frame(r.start), self.slot(r.start), len)
                         };
                         if copied.is_err() {
                             set(&mut redo, r);
@@ -130,15 +139,16 @@ impl Berth<'_> {
                 repaired += run.len() as u64;
                 let len = run.len() * page_size();
                 // SAFETY: frames and slots are ours, and nobody writes to them.
-                if unsafe { self.kernel.copy(self.frame(run.start), self.slot(run.start), len) }
+                if unsafe { self.kernel().copy(self.frame(run.start), self.slot(run.start), len) }
                     .is_ok()
                 {
                     return;
                 }
                 for page in run {
                     // SAFETY: as above.
-                    let copied =
-                        unsafe { self.kernel.copy(self.frame(page), self.slot(page), page_size()) };
+                    let copied = unsafe {
+                        self.kernel().copy(self.frame(page), self.slot(page), page_size())
+                    };
                     if copied.is_err() {
                         set(&mut failed, page..page + 1);
                     }
