@@ -39,7 +39,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run of nothing, to fill a buffer for [`Pagemap::scan`].
+    /// A run of nothing, to fill a buffer for [`Sys::scan`](crate::Sys::scan).
     pub const EMPTY: Self = Self { start: 0, end: 0, categories: 0 };
 
     /// The run's properties.

@@ -128,7 +128,8 @@ pub struct RawMsg {
 }
 
 impl RawMsg {
-    /// A message of no event, to fill a buffer for [`Uffd::read`].
+    /// A message of no event, to fill a buffer for
+    /// [`Sys::read_events`](crate::Sys::read_events).
     pub const EMPTY: Self =
         Self { event: 0, _reserved1: 0, _reserved2: 0, _reserved3: 0, arg: [0; 3] };
 
@@ -265,7 +266,7 @@ impl Uffd {
     /// The features that this kernel offers to this process (a descriptor is opened to ask).
     ///
     /// # Errors
-    /// As [`Uffd::open`]: no rights, or no userfaultfd at all.
+    /// `EPERM`, `EACCES`: no rights. `ENOSYS`: no userfaultfd, or a seccomp filter.
     pub fn offered(rights: Rights) -> Result<u64, Errno> {
         let this = Self::open_raw(rights)?;
         let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };

@@ -44,7 +44,8 @@ struct Shared {
     heap: Mutex<Heap>,
 }
 
-/// See the [module](self). Clones share one heap.
+/// Allocates from a region: blocks in size classes, carved front to back, reused within their
+/// class. Its bookkeeping lies outside the region. Clones share one heap.
 #[derive(Clone, Debug)]
 pub struct RegionAlloc {
     shared: Arc<Shared>,

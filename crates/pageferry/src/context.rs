@@ -1,4 +1,4 @@
-//! What every part of a move works with: the kernel, the two userfaultfds, pools and flights.
+//! What every part of a move works with: the kernel, the userfaultfd, pools and flights.
 
 use crate::flight::Flights;
 use crate::policy::Policy;
@@ -10,7 +10,7 @@ use pageferry_sys::pagemap::Pagemap;
 use pageferry_sys::uffd::Uffd;
 use parking_lot::Mutex;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 /// Shared by the engine's threads.
 ///
@@ -26,6 +26,8 @@ pub(crate) struct Context {
     pub(crate) pools: Pools,
     pub(crate) flights: Flights,
     pub(crate) pagemap: Pagemap,
+    /// What `PAGEMAP_SCAN` can tell here about a page (guard markers: since 6.15).
+    pub(crate) tells: AtomicU64,
     /// Lists of copies that no batch uses now.
     pub(crate) spare_batches: Mutex<Vec<Arc<CopyBatch>>>,
     pub(crate) policy: Policy,

@@ -115,12 +115,9 @@ impl Running<'_> {
         if !self.waited.swap(true, Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        if !self.job.user_mode_only {
-            let range = &segment.range;
-            // SAFETY: populating changes no content.
-            let _ =
-                unsafe { self.job.ctx.sys.advise(range.start, range.len(), Advice::PopulateWrite) };
-        }
+        let range = &segment.range;
+        // SAFETY: populating changes no content.
+        let _ = unsafe { self.job.ctx.sys.advise(range.start, range.len(), Advice::PopulateWrite) };
     }
 
     fn source(&self) -> Source {
@@ -196,6 +193,7 @@ impl Running<'_> {
                 Frames::Recycled => {
                     order == Order::Frozen
                         && self.job.engine.is_none()
+                        && (self.job.one_node || !self.job.own_policy)
                         && self.wish.budget >= KERNEL_COPY_BUDGET
                         && !berth.has_frames(segment.to, segment.size)
                         && !self.job.ctx.pools.has_rested(segment.to, segment.size)

@@ -265,6 +265,7 @@ impl EngineBuilder {
             pools,
             flights: Flights::new(FLIGHTS, page_size()),
             pagemap,
+            tells: AtomicU64::new(0),
             spare_batches: Mutex::default(),
             policy: Policy::new(),
             forks: ForkGate::new(),

@@ -285,7 +285,7 @@ fn handle(kernel: &Kernel, flights: &Flights, flaw: Flaw) {
             let page = index(addr);
             let resolved = match verdict {
                 Verdict::Wait => continue,
-                Verdict::Unprotect | Verdict::UnprotectHuge => kernel.protect(page, false).is_ok(),
+                Verdict::Unprotect => kernel.protect(page, false).is_ok(),
                 Verdict::FirstTouch => kernel.put(page, 0).is_ok_and(|done| done),
             };
             if !resolved {

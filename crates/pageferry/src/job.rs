@@ -57,7 +57,8 @@ pub(crate) struct Job {
     pub(crate) frames: Frames,
     pub(crate) even_if_there: bool,
     pub(crate) one_node: bool,
-    pub(crate) user_mode_only: bool,
+    /// The memory has a policy of its own, which may place elsewhere what the kernel allocates.
+    pub(crate) own_policy: bool,
     pub(crate) legs: Vec<Leg>,
     pub(crate) control: Arc<Control>,
 }

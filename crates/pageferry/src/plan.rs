@@ -13,6 +13,7 @@ use crate::units::{FolioSize, HUGE};
 use pageferry_sys::pagemap::{Categories, Run};
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 /// Address space that is looked at in one go.
 const WINDOW: usize = 32 << 20;
@@ -198,7 +199,7 @@ impl Planner {
         // Whether a page is a file's is not asked: the kernel would look at every struct page,
         // which costs 50 ns a page; detach tells it for nothing.
         let there = Categories::PRESENT | Categories::SWAPPED;
-        let tell = there | Categories::PFN_ZERO | Categories::HUGE | Categories::GUARD;
+        let tell = Categories::from_bits_truncate(ctx.tells.load(Ordering::Relaxed));
         let mut tries = 0;
         let (count, mut ended) = loop {
             let (start, end) = (window.start, window.end);

@@ -12,8 +12,9 @@
 //!   killer when it is full) and every fresh frame is looked up; what landed elsewhere is given
 //!   back and reported as a shortage.
 //! - `extra`, the memory that the engine has beyond what the program would use, never exceeds the
-//!   budget: it grows only by populating and shrinks only by freeing. Detach and attach exchange
-//!   pages one for one.
+//!   budget but for the batches in the air: it grows by populating and shrinks by freeing. Detach and
+//!   attach exchange pages one for one; where the kernel copies, the old pages come on top until
+//!   their extent is given back.
 //! - A detached page rests for the grace period before it carries other data: a reader that holds
 //!   a plain reference (`FOLL_GET`, e.g. `process_vm_readv(2)`) is not noticed by `UFFDIO_MOVE`.
 //! - Extents of huge frames never keep a page table of their own: the kernel moves a huge page

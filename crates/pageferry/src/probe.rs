@@ -5,7 +5,7 @@ use crate::error::BuildError;
 use pageferry_copy::cpu::calibrate::{CalibrateOptions, calibrate};
 use pageferry_copy::{Kernel, WorkerPool};
 use pageferry_sys::mm::Advice;
-use pageferry_sys::pagemap::Entry;
+use pageferry_sys::pagemap::{Categories, Entry, Run};
 use pageferry_sys::uffd::Modes;
 use pageferry_sys::{Errno, page_size};
 use std::sync::Arc;
@@ -24,6 +24,7 @@ pub(crate) fn what_move_does(ctx: &Context) -> Result<(), BuildError> {
     let page = page_size();
     let resource = |source| BuildError::Resource { what: "two pages to try UFFDIO_MOVE", source };
     let start = ctx.sys.map(2 * page, page).map_err(resource)?;
+    what_scan_tells(ctx, start, page)?;
     let tried = try_move(ctx, start, page);
     // Nobody reads events yet, and unmapping what is registered would wait for that.
     let registered = ctx.sys.unregister(&ctx.uffd, start, 2 * page);
@@ -36,6 +37,23 @@ pub(crate) fn what_move_does(ctx: &Context) -> Result<(), BuildError> {
     let _ = unsafe { ctx.sys.unmap(start, 2 * page) };
     let keeps = tried.map_err(BuildError::KernelTooOld)?;
     ctx.move_keeps_protection.store(keeps, Ordering::Relaxed);
+    Ok(())
+}
+
+fn what_scan_tells(ctx: &Context, start: usize, page: usize) -> Result<(), BuildError> {
+    let there = Categories::PRESENT | Categories::SWAPPED;
+    let basic = there | Categories::PFN_ZERO | Categories::HUGE;
+    let mut runs = [Run::EMPTY; 1];
+    let mut scan =
+        |tell| ctx.sys.scan(&ctx.pagemap, start, start + page, there, tell, &mut runs).map(drop);
+    let all = basic | Categories::GUARD;
+    let known = match scan(all) {
+        Ok(()) => all,
+        // A bit that the kernel does not know.
+        Err(Errno(libc::EINVAL)) => scan(basic).map(|()| basic).map_err(BuildError::Pagemap)?,
+        Err(errno) => return Err(BuildError::Pagemap(errno)),
+    };
+    ctx.tells.store(known.bits(), Ordering::Relaxed);
     Ok(())
 }
 

@@ -100,8 +100,14 @@ impl RegionBuilder {
         let sys = &self.engine.inner.ctx.sys;
         let kernel = |what| move |source: Errno| RegionError::Kernel { what, source };
         let start = sys.map(len, HUGE).map_err(kernel("mapping the region"))?;
-        let region =
-            Region { engine: self.engine.clone(), start, len, io_pins: self.io_pins, owned: true };
+        let region = Region {
+            engine: self.engine.clone(),
+            start,
+            len,
+            io_pins: self.io_pins,
+            own_policy: self.prefer.is_some(),
+            owned: true,
+        };
         if let Some(node) = self.prefer {
             sys.prefer_node(start, len, node.get()).map_err(kernel("setting its memory policy"))?;
         }
@@ -118,6 +124,8 @@ pub struct Region {
     pub(crate) start: usize,
     pub(crate) len: usize,
     pub(crate) io_pins: IoPins,
+    /// It has (or may have) a memory policy of its own.
+    pub(crate) own_policy: bool,
     owned: bool,
 }
 
@@ -134,7 +142,7 @@ impl Region {
         if !start.is_multiple_of(page_size()) || !len.is_multiple_of(page_size()) {
             return Err(RegionError::Unaligned(start..end));
         }
-        Ok(Self { engine, start, len, io_pins, owned: false })
+        Ok(Self { engine, start, len, io_pins, own_policy: true, owned: false })
     }
 
     /// Its first byte. What is behind it moves, the address does not.
@@ -171,6 +179,7 @@ impl Region {
     }
 
     /// Advises which folios a part of it (bytes from its start) is to have from now on.
+    /// [`Folios::Mixed`] leaves it as it was advised before.
     ///
     /// # Errors
     /// [`RegionError::Foreign`], or what `madvise(2)` says.

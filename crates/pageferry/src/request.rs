@@ -31,6 +31,7 @@ pub struct Part {
     engine: usize,
     home: Range<usize>,
     io_pins: IoPins,
+    own_policy: bool,
     ranges: Vec<Range<usize>>,
     to: NodeId,
 }
@@ -41,6 +42,7 @@ impl Part {
             engine: Arc::as_ptr(&region.engine.inner).addr(),
             home: region.addresses(),
             io_pins: region.io_pins,
+            own_policy: region.own_policy,
             ranges: Vec::new(),
             to,
         }
@@ -292,7 +294,7 @@ impl Move {
             frames: self.frames,
             even_if_there: self.even_if_there,
             one_node: self.engine.only_node().is_some(),
-            user_mode_only: inner.rights == Rights::UserModeOnly,
+            own_policy: self.parts.iter().any(|p| p.own_policy),
             legs,
             control,
         };

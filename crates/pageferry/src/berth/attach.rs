@@ -39,7 +39,7 @@ impl Berth<'_> {
         let hole = self.hole_since.take().map_or(Duration::ZERO, |since| since.elapsed());
         tally.holes.record(hole);
         self.fork_hold = None;
-        if self.kernel_copy && !one_node {
+        if (self.kernel_copy || self.placed_otherwise) && !one_node {
             self.check_nodes(piece);
         }
         if tally.first_folio.is_none() {
@@ -150,6 +150,7 @@ impl Berth<'_> {
         let copied = unsafe { self.ctx.sys.copy_in(&self.ctx.uffd, home, src, page_size()) };
         match copied.error {
             None => {
+                self.placed_otherwise = true;
                 let outcome = if keep { Outcome::CopyFailed } else { Outcome::Moved };
                 // The frame is still in the pool, and so is the original.
                 self.settle(page..page + 1, outcome, true, false);

@@ -124,6 +124,8 @@ pub(crate) struct Berth<'c> {
     abandoned: bool,
     /// No frames: the kernel allocates and copies at attach (`UFFDIO_COPY`).
     kernel_copy: bool,
+    /// Some page was placed by `UFFDIO_COPY`, on a node of the kernel's choice.
+    placed_otherwise: bool,
     /// This thread has other holes open.
     nested: bool,
     /// When to offer the CPU to others before the next hole, and how often.
@@ -150,6 +152,7 @@ impl<'c> Berth<'c> {
             hole_since: None,
             abandoned: false,
             kernel_copy: false,
+            placed_otherwise: false,
             nested: false,
             turn: Turn::new(),
         }
@@ -218,6 +221,7 @@ impl<'c> Berth<'c> {
         tally: &mut Tally,
     ) -> Result<Option<Segment>, ()> {
         self.kernel_copy = kernel_copy;
+        self.placed_otherwise = false;
         let want = segment.range.len() / page_size();
         let from = segment.from.unwrap_or(segment.to);
         if self
