@@ -24,7 +24,8 @@
 //!    the gate, and no flight opens over the range.
 //! 5. *What the program gives up stays given up.* `madvise(MADV_DONTNEED)` waits until its event
 //!    is read; the handler marks the pages gone before it lets go of the gate; attach checks the
-//!    marks and moves pages in under the gate. So an attach comes either before the event is read
+//!    marks and moves pages in under the gate; a page that is marked before the hole is widened
+//!    over it is not detached at all, since what is there by then may be new. So an attach comes either before the event is read
 //!    (and the pages are dropped after it) or after the mark (and skips them). Pages of the range
 //!    that were *not* in the air could be detached between the event and the drop: a [`Quarantine`]
 //!    keeps new flights off them until the drop is seen to be done.
@@ -207,12 +208,15 @@ impl Flights {
         Err(Refused::Full)
     }
 
-    /// From now on `hole` (part of the flight) may be detached. Called before detach begins.
-    pub(crate) fn widen(&self, id: &FlightId, hole: Range<usize>) {
+    /// From now on `hole` (part of the flight) may be detached, but for the pages returned: the
+    /// program has given them up already, and what is there by now may be new. Called before
+    /// detach begins.
+    pub(crate) fn widen(&self, id: &FlightId, hole: Range<usize>) -> Option<Bits> {
         let _shared = self.gate.shared();
         let flight = &self.slots[id.0];
         flight.hole_start.store(hole.start, R);
         flight.hole_end.store(hole.end, R);
+        flight.any_gone.load(R).then(|| std::array::from_fn(|i| flight.gone[i].load(R)))
     }
 
     /// Pages of the flight that were written since they were protected. Exact for pages that
@@ -361,19 +365,27 @@ impl Handling<'_> {
                 Verdict::Wait
             }
             Some(flight) if protected => {
-                let index = (home - flight.start.load(R)) / self.flights.page;
-                flight.dirty[index / 64].fetch_or(1 << (index % 64), R);
+                self.mark_dirty(flight, home);
                 Verdict::Unprotect
             }
             Some(flight) if flight.hole().contains(&home) => {
                 flight.waiters.fetch_add(1, R);
                 Verdict::Wait
             }
-            Some(_) => Verdict::FirstTouch,
+            // It was not there to be protected, so its first content counts as a write.
+            Some(flight) => {
+                self.mark_dirty(flight, home);
+                Verdict::FirstTouch
+            }
             // Whoever opens a flight protects its pages afterwards, so this undoes nothing.
             None if protected => Verdict::Unprotect,
             None => Verdict::FirstTouch,
         }
+    }
+
+    fn mark_dirty(&self, flight: &Flight, home: usize) {
+        let index = (home - flight.start.load(R)) / self.flights.page;
+        flight.dirty[index / 64].fetch_or(1 << (index % 64), R);
     }
 
     /// The address that the page at `addr` had before an `mremap` in flight.

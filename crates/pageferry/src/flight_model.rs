@@ -11,26 +11,13 @@
 //! out of its place ([`Flaw`]). So it is known that the model can see what it is there to see.
 
 use crate::flight::{FlightId, Flights, Refused, Verdict, bit};
-use loom::sync::{Arc, Condvar, Mutex, MutexGuard};
+use kernel::{Again, Kernel, PAGE, PAGES, index, range};
+use loom::sync::Arc;
 use loom::thread;
 use pageferry_sys::uffd::Event;
-use std::collections::VecDeque;
 use std::ops::Range;
 
-const PAGE: usize = 4096;
-/// Address of page 0; not 0, which means "no flight".
-const BASE: usize = 1 << 20;
-const PAGES: usize = 2;
-
-fn address(page: usize) -> usize {
-    BASE + page * PAGE
-}
-fn index(address: usize) -> usize {
-    (address - BASE) / PAGE
-}
-fn range(pages: Range<usize>) -> Range<usize> {
-    address(pages.start)..address(pages.end)
-}
+mod kernel;
 
 /// A step of the protocol that is out of its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,192 +37,8 @@ enum Flaw {
     IgnoresGone,
     /// Flights open in a range that is being given up.
     IgnoresQuarantine,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Page {
-    word: Option<u64>,
-    protected: bool,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    pages: [Page; PAGES],
-    /// Where detached pages are.
-    slots: [Option<u64>; PAGES],
-    /// Messages not yet read, with the number of their sender.
-    queue: VecDeque<(usize, Event)>,
-    /// Who sleeps at which page.
-    asleep: Vec<(usize, usize)>,
-    senders: usize,
-    /// Events under way (`mmap_changing`).
-    changing: usize,
-    stop: bool,
-}
-
-impl State {
-    /// What an access would have to wait for.
-    fn fault(&self, page: usize, write: bool) -> Option<Event> {
-        let Page { word, protected } = self.pages[page];
-        let addr = address(page);
-        match word {
-            None => Some(Event::Fault { addr, write, protected: false }),
-            Some(_) if write && protected => Some(Event::Fault { addr, write, protected }),
-            Some(_) => None,
-        }
-    }
-}
-
-/// `EAGAIN`: an event waits to be read.
-#[derive(Debug)]
-struct Again;
-
-#[derive(Debug, Default)]
-struct Kernel {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-impl Kernel {
-    fn new(words: [Option<u64>; PAGES]) -> Self {
-        let pages = words.map(|word| Page { word, protected: false });
-        Self { state: Mutex::new(State { pages, ..State::default() }), changed: Condvar::new() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("no thread panics here")
-    }
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).expect("no thread panics here")
-    }
-
-    /// A load, or a store of `write`, by the program; returns what is there afterwards.
-    fn access(&self, page: usize, write: Option<u64>) -> u64 {
-        loop {
-            let mut state = self.lock();
-            let Some(event) = state.fault(page, write.is_some()) else {
-                let word = write.or(state.pages[page].word);
-                state.pages[page].word = word;
-                return word.expect("mapped, or it would fault");
-            };
-            drop(state);
-            let mut state = self.lock();
-            state.senders += 1;
-            let me = state.senders;
-            state.queue.push_back((me, event));
-            state.asleep.push((me, page));
-            self.changed.notify_all();
-            drop(state);
-            // The message can be read here, before it turns out that nobody waits.
-            let mut state = self.lock();
-            if state.fault(page, write.is_some()).is_some() {
-                while state.asleep.iter().any(|(who, _)| *who == me) {
-                    state = self.wait(state);
-                }
-            }
-            state.asleep.retain(|(who, _)| *who != me);
-            state.queue.retain(|(who, _)| *who != me);
-        }
-    }
-
-    /// `madvise(MADV_DONTNEED)`.
-    fn discard(&self, page: usize) {
-        let mut state = self.lock();
-        state.changing += 1;
-        state.senders += 1;
-        let me = state.senders;
-        let Range { start, end } = range(page..page + 1);
-        state.queue.push_back((me, Event::Remove { start, end }));
-        self.changed.notify_all();
-        while state.queue.iter().any(|(who, _)| *who == me) {
-            state = self.wait(state);
-        }
-        state.changing -= 1;
-        self.changed.notify_all();
-        drop(state);
-        self.lock().pages[page] = Page::default();
-    }
-
-    /// Waits until no event is under way: what the engine's back-off does.
-    fn settle(&self) {
-        let mut state = self.lock();
-        while state.changing > 0 {
-            state = self.wait(state);
-        }
-    }
-
-    fn read(&self) -> Vec<Event> {
-        let mut state = self.lock();
-        let read = state.queue.drain(..).map(|(_, event)| event).collect();
-        self.changed.notify_all();
-        read
-    }
-
-    fn wake_in(&self, state: &mut State, page: usize) {
-        let State { asleep, queue, .. } = state;
-        asleep.retain(|&(who, at)| {
-            if at == page {
-                // Whoever is woken takes its message back.
-                queue.retain(|(sender, _)| *sender != who);
-            }
-            at != page
-        });
-        self.changed.notify_all();
-    }
-
-    fn wake(&self, page: usize) {
-        self.wake_in(&mut self.lock(), page);
-    }
-
-    fn protect(&self, page: usize, on: bool) -> Result<(), Again> {
-        let mut state = self.lock();
-        if state.changing > 0 {
-            return Err(Again);
-        }
-        if state.pages[page].word.is_some() {
-            state.pages[page].protected = on;
-        }
-        if !on {
-            self.wake_in(&mut state, page);
-        }
-        Ok(())
-    }
-
-    /// False also where something is there already (`EEXIST`).
-    fn put(&self, page: usize, word: u64) -> Result<bool, Again> {
-        let mut state = self.lock();
-        if state.changing > 0 {
-            return Err(Again);
-        }
-        if state.pages[page].word.is_some() {
-            return Ok(false);
-        }
-        state.pages[page] = Page { word: Some(word), protected: false };
-        self.wake_in(&mut state, page);
-        Ok(true)
-    }
-
-    /// Moves the page to its slot; false if nothing is there (`ENOENT`).
-    fn detach(&self, page: usize) -> Result<bool, Again> {
-        let mut state = self.lock();
-        if state.changing > 0 {
-            return Err(Again);
-        }
-        let Some(word) = state.pages[page].word else { return Ok(false) };
-        state.slots[page] = Some(word);
-        state.pages[page] = Page::default();
-        Ok(true)
-    }
-
-    fn look(&self, page: usize) -> Option<u64> {
-        self.lock().pages[page].word
-    }
-    fn slot(&self, page: usize) -> u64 {
-        self.lock().slots[page].expect("detached before")
-    }
-    fn is_missing(&self, address: usize) -> bool {
-        self.look(index(address)).is_none()
-    }
+    /// What was given up before the hole was widened is detached all the same.
+    DetachesGivenUp,
 }
 
 /// Makes a call until no event is in its way.
@@ -295,8 +98,18 @@ fn handle(kernel: &Kernel, flights: &Flights, flaw: Flaw) {
     }
 }
 
+/// Where the mover copies for long, so that the others run (which costs the checker no preemption).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copying {
+    Nowhere,
+    /// As in live order.
+    BeforeTheHole,
+    /// As in frozen order, and in repair.
+    InTheHole,
+}
+
 /// One live transaction over `pages` ([`crate::berth`]).
-fn transact(kernel: &Kernel, flights: &Flights, pages: Range<usize>, flaw: Flaw) {
+fn transact(kernel: &Kernel, flights: &Flights, pages: Range<usize>, copying: Copying, flaw: Flaw) {
     let missing = |address| flaw == Flaw::IgnoresQuarantine || kernel.is_missing(address);
     let flight = match flights.open(range(pages.clone()), false, missing) {
         Ok(flight) => flight,
@@ -307,14 +120,27 @@ fn transact(kernel: &Kernel, flights: &Flights, pages: Range<usize>, flaw: Flaw)
         until_done(kernel, || kernel.protect(page, true));
     }
     let copies: Vec<_> = pages.clone().map(|page| kernel.look(page)).collect();
-    let early = flights.dirty(&flight);
-    if flaw != Flaw::WidensLate {
-        flights.widen(&flight, range(pages.clone()));
+    if copying == Copying::BeforeTheHole {
+        thread::yield_now();
     }
-    let out: Vec<_> =
-        pages.clone().map(|page| until_done(kernel, || kernel.detach(page))).collect();
+    let early = flights.dirty(&flight);
+    let mut given_up = None;
+    if flaw != Flaw::WidensLate {
+        given_up = flights.widen(&flight, range(pages.clone()));
+    }
+    if flaw == Flaw::DetachesGivenUp {
+        given_up = None;
+    }
+    let detach = |(i, page)| match given_up {
+        Some(bits) if bit(&bits, i) => false,
+        _ => until_done(kernel, || kernel.detach(page)),
+    };
+    let out: Vec<_> = pages.clone().enumerate().map(detach).collect();
     if flaw == Flaw::WidensLate {
         flights.widen(&flight, range(pages.clone()));
+    }
+    if copying == Copying::InTheHole {
+        thread::yield_now();
     }
     let dirty = if flaw == Flaw::ReadsMarksEarly { early } else { flights.dirty(&flight) };
     for (i, page) in pages.clone().enumerate() {
@@ -356,7 +182,24 @@ fn model<T: Send + 'static>(
     program: fn(&Kernel) -> T,
     check: fn(T, [Option<u64>; PAGES]),
 ) {
+    let everywhere = [Copying::BeforeTheHole, Copying::InTheHole, Copying::Nowhere];
+    // Two transactions have many interleavings: the likeliest to go wrong.
+    for copying in everywhere.into_iter().take(if times == 1 { 3 } else { 1 }) {
+        explore(words, pages.clone(), times, copying, flaw, program, check);
+    }
+}
+
+fn explore<T: Send + 'static>(
+    words: [Option<u64>; PAGES],
+    pages: Range<usize>,
+    times: usize,
+    copying: Copying,
+    flaw: Flaw,
+    program: fn(&Kernel) -> T,
+    check: fn(T, [Option<u64>; PAGES]),
+) {
     let mut builder = loom::model::Builder::new();
+    // Enough for each flaw to be found; `LOOM_MAX_PREEMPTIONS` sets another.
     builder.preemption_bound.get_or_insert(2);
     builder.max_branches = 20_000;
     builder.check(move || {
@@ -371,7 +214,7 @@ fn model<T: Send + 'static>(
             move || program(&kernel)
         });
         for _ in 0..times {
-            transact(&kernel, &flights, pages.clone(), flaw);
+            transact(&kernel, &flights, pages.clone(), copying, flaw);
         }
         let result = program.join().expect("the program does not panic");
         kernel.lock().stop = true;
@@ -444,6 +287,20 @@ fn a_hole_that_is_widened_late_is_taken_for_a_first_touch() {
     touches(Flaw::WidensLate);
 }
 
+/// A page that was not there when the flight was protected is not protected: its first touch
+/// counts as a write.
+#[test]
+fn a_first_write_during_the_copy_stays() {
+    let write = |kernel: &Kernel| {
+        kernel.access(0, Some(OLD));
+        kernel.access(0, Some(NEW));
+        kernel.access(0, None)
+    };
+    model([None, None], 0..1, 1, Flaw::None, write, |read, words| {
+        assert_eq!((read, words[0]), (NEW, Some(NEW)), "lost write");
+    });
+}
+
 /// 4: what `madvise` has dropped reads as zero from then on.
 fn discards(times: usize, flaw: Flaw) {
     let discard = |kernel: &Kernel| {
@@ -484,14 +341,24 @@ fn a_flight_in_a_range_that_is_being_given_up_brings_it_back() {
 }
 
 /// A write after `madvise` is as good as any other.
-#[test]
-fn what_is_written_after_a_discard_stays() {
+fn rewrites(flaw: Flaw) {
     let rewrite = |kernel: &Kernel| {
         kernel.discard(0);
         kernel.access(0, Some(NEW));
         kernel.access(0, None)
     };
-    model([Some(OLD), None], 0..1, 1, Flaw::None, rewrite, |read, words| {
+    model([Some(OLD), None], 0..1, 1, flaw, rewrite, |read, words| {
         assert_eq!((read, words[0]), (NEW, Some(NEW)), "lost write");
     });
+}
+
+#[test]
+fn what_is_written_after_a_discard_stays() {
+    rewrites(Flaw::None);
+}
+
+#[test]
+#[should_panic(expected = "lost write")]
+fn new_content_of_a_page_given_up_before_the_hole_is_lost_if_it_is_detached() {
+    rewrites(Flaw::DetachesGivenUp);
 }

@@ -47,6 +47,7 @@ mod divide;
 mod engine;
 #[cfg(not(loom))]
 mod error;
+#[cfg_attr(loom, allow(dead_code, reason = "the model takes the protocol's calls alone"))]
 mod flight;
 #[cfg(all(test, loom))]
 mod flight_model;

@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 use support::{Racers, build, check, fill, first_node};
-use trial::{Numbers, Watchdog, accounted, small};
+use trial::{Numbers, Watchdog, accounted, accounted_whole, small};
 
 const ORDERS: [Order; 2] = [Order::Frozen, Order::Live];
 const DIVISIONS: [Division; 2] = [Division::Conducted, Division::Shared];
@@ -147,7 +147,7 @@ fn a_move_cancelled_at_any_batch_stops_there_and_every_page_is_intact() {
                 }
                 let handle = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let report = handle.expect("stored above").wait().expect("a report");
-                accounted(&report, &region, &[0..bytes]);
+                accounted_whole(&report, &region);
                 racers.finish();
                 assert!(report.cancelled);
                 let (moved, left) = (report.bytes_moved, report.bytes(|o| o == Outcome::Cancelled));
@@ -175,7 +175,7 @@ fn a_move_cancelled_while_it_waits_its_turn_touches_nothing() {
     door.open();
     assert_eq!(first.wait().expect("a report").by_outcome(), all(&region));
     let report = second.wait().expect("a report");
-    accounted(&report, &region, &[0..1 << 20]);
+    accounted_whole(&report, &region);
     assert_eq!(report.by_outcome(), [(Outcome::Cancelled, 1 << 20)], "{report:?}");
     check(&region, 0..1 << 20);
 }
@@ -207,7 +207,7 @@ fn a_move_cancelled_at_a_random_time_loses_nothing_and_progress_only_grows() {
                 }
                 handle.cancel();
                 let report = handle.wait().expect("a report");
-                accounted(&report, &region, &[0..16 << 20]);
+                accounted_whole(&report, &region);
                 let left = report.bytes(|o| o == Outcome::Cancelled);
                 assert_eq!(left + report.bytes_moved, 16 << 20, "{report:?}");
             }
@@ -373,7 +373,7 @@ fn an_exchange_moves_both_sides_and_refuses_an_overlap() {
             .even_if_there()
             .run()
             .expect("an exchange within one region");
-        accounted(&halves, &one, &[0..4 << 20]);
+        accounted_whole(&halves, &one);
         assert_eq!(halves.by_outcome(), all(&one));
     }
     let page = page_size();

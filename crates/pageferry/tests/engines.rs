@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use support::{Racers, build, check, fill, first_node};
-use trial::{Watchdog, accounted, small};
+use trial::{Watchdog, accounted_whole, small};
 
 /// Bytes of a batch of base pages.
 const BATCH: usize = 256 << 10;
@@ -56,7 +56,7 @@ fn serves(what: &str, falls_back: bool, make: impl Fn() -> Arc<dyn CopyEngine>) 
             let mut fallbacks = 0;
             for _ in 0..2 {
                 let report = attempt(&engine, &region, order, &copier).expect("a move");
-                accounted(&report, &region, &[0..region.len()]);
+                accounted_whole(&report, &region);
                 let all = [(Outcome::Moved, region.len() as u64)];
                 assert_eq!(report.by_outcome(), all, "{what}: {report:?}");
                 assert_eq!(report.engine, copier.name());
@@ -234,7 +234,7 @@ fn an_engine_that_never_completes_is_given_up_and_the_pages_stay() {
     let odd = Odd::new(Panics::Never);
     let copier: Arc<dyn CopyEngine> = odd.clone();
     let report = attempt(&engine, &region, Order::Frozen, &copier).expect("a move");
-    accounted(&report, &region, &[0..region.len()]);
+    accounted_whole(&report, &region);
     assert_eq!(odd.submitted.load(Ordering::Relaxed), 1);
     assert_eq!(report.by_outcome(), [(Outcome::CopyFailed, BATCH as u64)], "{report:?}");
     // Years later the device writes after all: into memory that serves nothing any more.
@@ -277,7 +277,7 @@ fn what_a_device_still_writes_after_a_panic_of_the_move_hits_nobody() {
     odd.mute.store(true, Ordering::Relaxed);
     // Either the panic of `capabilities` ended the move, or it was caught and the CPU went on.
     match mover.join().expect("panics do not leave the library") {
-        Ok(report) => accounted(&report, &region, &[0..region.len()]),
+        Ok(report) => accounted_whole(&report, &region),
         Err(why) => assert!(matches!(why, MigrateError::Panicked(_)), "{why}"),
     }
     write_late(&odd.take());

@@ -6,100 +6,14 @@
 mod support;
 mod trial;
 
-use pageferry::{
-    BuildError, Division, Engine, Folios, Frames, MigrateError, Order, Outcome, Region, RegionError,
-};
+use pageferry::{BuildError, Engine, Folios, Frames, MigrateError, Outcome, RegionError};
 use pageferry_sys::inject::{Fault, Faulty};
 use pageferry_sys::mm::Advice;
-use pageferry_sys::uffd::{Progress, Uffd};
-use pageferry_sys::{Errno, Linux, Sys, SysOp, page_size};
+use pageferry_sys::{Errno, SysOp, page_size};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::time::Duration;
 use support::{Racers, build, check, fill, first_node};
-use trial::{Watchdog, accounted, small};
-
-/// How a move is done.
-#[derive(Clone, Copy, Debug)]
-struct Way {
-    order: Order,
-    division: Division,
-    folios: Folios,
-    frames: Frames,
-}
-
-const fn way(order: Order, division: Division, folios: Folios, frames: Frames) -> Way {
-    Way { order, division, folios, frames }
-}
-
-const WAYS: [Way; 10] = [
-    way(Order::Frozen, Division::Conducted, Folios::Base, Frames::Recycled),
-    way(Order::Live, Division::Conducted, Folios::Base, Frames::Recycled),
-    way(Order::Frozen, Division::Shared, Folios::Base, Frames::Recycled),
-    way(Order::Live, Division::Shared, Folios::Base, Frames::Recycled),
-    way(Order::Frozen, Division::Conducted, Folios::Huge, Frames::Recycled),
-    way(Order::Live, Division::Conducted, Folios::Huge, Frames::Recycled),
-    way(Order::Frozen, Division::Shared, Folios::Huge, Frames::Fresh),
-    way(Order::Live, Division::Shared, Folios::Huge, Frames::Recycled),
-    way(Order::Frozen, Division::Conducted, Folios::Base, Frames::KernelCopy),
-    way(Order::Live, Division::Shared, Folios::Base, Frames::Fresh),
-];
-
-/// ioctl_userfaultfd(2), UFFDIO_MOVE; EFAULT: a guard page; EINTR: a fatal signal.
-const MOVE: &[i32] = &[
-    libc::EAGAIN,
-    libc::EBUSY,
-    libc::EEXIST,
-    libc::EINVAL,
-    libc::ENOENT,
-    libc::ENOMEM,
-    libc::EPERM,
-    libc::ESRCH,
-    libc::EFAULT,
-    libc::EINTR,
-];
-/// UFFDIO_COPY.
-const COPY: &[i32] = &[
-    libc::EAGAIN,
-    libc::EEXIST,
-    libc::EFAULT,
-    libc::EINVAL,
-    libc::ENOENT,
-    libc::ENOMEM,
-    libc::ENOSPC,
-    libc::ESRCH,
-];
-/// UFFDIO_WRITEPROTECT.
-const PROTECT: &[i32] = &[libc::EAGAIN, libc::EFAULT, libc::EINVAL, libc::ENOENT, libc::ENOMEM];
-/// UFFDIO_REGISTER.
-const REGISTER: &[i32] = &[
-    libc::EBUSY,
-    libc::EFAULT,
-    libc::EINVAL,
-    libc::ENOMEM,
-    libc::EPERM,
-    libc::EAGAIN,
-    libc::EINTR,
-];
-/// UFFDIO_UNREGISTER.
-const UNREGISTER: &[i32] = &[libc::EINVAL, libc::ENOMEM, libc::EFAULT];
-/// UFFDIO_WAKE.
-const WAKE: &[i32] = &[libc::EAGAIN, libc::EFAULT, libc::EINVAL];
-/// UFFDIO_ZEROPAGE.
-const ZERO: &[i32] = &[libc::EAGAIN, libc::EEXIST, libc::EINVAL, libc::ENOENT, libc::ESRCH];
-/// read(2) of a userfaultfd.
-const READ: &[i32] = &[libc::EAGAIN, libc::EFAULT, libc::EINTR, libc::EINVAL];
-/// mmap(2).
-const MAP: &[i32] = &[libc::EAGAIN, libc::EINVAL, libc::ENOMEM, libc::EPERM];
-/// munmap(2).
-const UNMAP: &[i32] = &[libc::EINVAL, libc::ENOMEM];
-/// madvise(2), MADV_POPULATE_WRITE.
-const POPULATE: &[i32] =
-    &[libc::EAGAIN, libc::EFAULT, libc::EHWPOISON, libc::EINTR, libc::EINVAL, libc::ENOMEM];
-/// madvise(2), other advice.
-const ADVISE: &[i32] = &[libc::EAGAIN, libc::EINVAL, libc::ENOMEM];
-/// PAGEMAP_SCAN.
-const SCAN: &[i32] = &[libc::EFAULT, libc::EINTR, libc::EINVAL, libc::ENOMEM, libc::ENOTTY];
+use trial::faults::*;
+use trial::{Watchdog, accounted_whole, small};
 
 struct Bench {
     faulty: Arc<Faulty>,
@@ -110,27 +24,6 @@ fn bench() -> Option<Bench> {
     let faulty = Arc::new(Faulty::new());
     let engine = build(small().sys(faulty.clone()))?;
     Some(Bench { faulty, engine })
-}
-
-fn region(engine: &Engine, way: Way, pages: usize) -> Arc<Region> {
-    let bytes = match way.folios {
-        Folios::Huge => 4 << 20,
-        _ => pages * page_size(),
-    };
-    let region = engine.map(bytes).folios(way.folios).build().expect("memory for the test");
-    fill(&region, 0..bytes);
-    Arc::new(region)
-}
-
-fn attempt(engine: &Engine, region: &Region, way: Way) -> Result<pageferry::Report, MigrateError> {
-    engine
-        .migrate(region.to(first_node(engine)))
-        .even_if_there()
-        .order(way.order)
-        .division(way.division)
-        .frames(way.frames)
-        .batch_bytes(16 * page_size())
-        .run()
 }
 
 /// One fault in one move; returns how often it struck.
@@ -147,7 +40,7 @@ fn strike(way: Way, fault: Fault) -> u64 {
     faulty.fail(fault);
     let what = format!("{fault:?} {way:?}");
     match attempt(&engine, &region, way) {
-        Ok(report) => accounted(&report, &region, &[0..region.len()]),
+        Ok(report) => accounted_whole(&report, &region),
         Err(MigrateError::Register { source, .. }) => {
             assert_eq!((fault.op, source), (SysOp::Register, fault.errno), "{what}");
         }
@@ -158,7 +51,7 @@ fn strike(way: Way, fault: Fault) -> u64 {
     racers.finish();
     fill(&region, 0..region.len());
     let report = attempt(&engine, &region, way).expect("nothing fails any more");
-    accounted(&report, &region, &[0..region.len()]);
+    accounted_whole(&report, &region);
     assert_eq!(
         report.by_outcome(),
         [(Outcome::Moved, region.len() as u64)],
@@ -200,16 +93,6 @@ fn for_ever(op: SysOp, errnos: &[i32], after: u64, meets: impl Fn(Way) -> bool) 
             strike(way, fault);
         }
     }
-}
-
-fn any(_: Way) -> bool {
-    true
-}
-fn live(way: Way) -> bool {
-    way.order == Order::Live
-}
-fn base(way: Way) -> bool {
-    way.folios == Folios::Base
 }
 
 #[test]
@@ -447,177 +330,4 @@ fn a_region_that_cannot_be_made_names_the_step() {
         }
         faulty.heal();
     }
-}
-
-/// The kernel, except that moving pages into a region, or protecting them, fails as told.
-#[derive(Debug)]
-struct Inward {
-    /// The region's addresses; none at first, so that an engine can be built.
-    start: AtomicUsize,
-    end: AtomicUsize,
-    attach: i32,
-    /// Attaches that fail; `u32::MAX` for all.
-    times: AtomicU32,
-    copy: i32,
-    copies: AtomicU32,
-    /// Protects half of what it should, and fails.
-    protect: i32,
-    /// Attaches that were failed.
-    struck: AtomicU32,
-}
-
-impl Inward {
-    fn new() -> Self {
-        Self {
-            start: AtomicUsize::new(0),
-            end: AtomicUsize::new(0),
-            attach: 0,
-            times: AtomicU32::new(u32::MAX),
-            copy: 0,
-            copies: AtomicU32::new(0),
-            protect: 0,
-            struck: AtomicU32::new(0),
-        }
-    }
-
-    fn watch(&self, region: &Region) {
-        self.start.store(region.addr(), Ordering::Relaxed);
-        self.end.store(region.addr() + region.len(), Ordering::Relaxed);
-    }
-
-    fn is_inward(&self, dst: usize) -> bool {
-        (self.start.load(Ordering::Relaxed)..self.end.load(Ordering::Relaxed)).contains(&dst)
-    }
-}
-
-/// Counts one down; false once at zero. For ever from `u32::MAX`.
-fn strikes_left(counter: &AtomicU32) -> bool {
-    let less = |n: u32| if n == u32::MAX { Some(n) } else { n.checked_sub(1) };
-    counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
-}
-
-impl Sys for Inward {
-    unsafe fn move_range(&self, fd: &Uffd, dst: usize, src: usize, len: usize) -> Progress {
-        if self.attach != 0 && self.is_inward(dst) && strikes_left(&self.times) {
-            self.struck.fetch_add(1, Ordering::Relaxed);
-            return Progress { done: 0, error: Some(Errno(self.attach)) };
-        }
-        // SAFETY: the same promise.
-        unsafe { Linux.move_range(fd, dst, src, len) }
-    }
-    unsafe fn copy_in(&self, fd: &Uffd, dst: usize, src: usize, len: usize) -> Progress {
-        if self.copy != 0 && self.is_inward(dst) && strikes_left(&self.copies) {
-            return Progress { done: 0, error: Some(Errno(self.copy)) };
-        }
-        // SAFETY: the same promise.
-        unsafe { Linux.copy_in(fd, dst, src, len) }
-    }
-    fn protect(&self, fd: &Uffd, start: usize, len: usize) -> Result<(), Errno> {
-        if self.protect != 0 && self.is_inward(start) {
-            Linux.protect(fd, start, (len / 2).next_multiple_of(page_size()))?;
-            return Err(Errno(self.protect));
-        }
-        Linux.protect(fd, start, len)
-    }
-}
-
-#[test]
-fn pages_that_can_never_be_moved_in_are_copied_in_by_the_kernel() {
-    let mut struck = 0;
-    for &attach in MOVE {
-        for way in WAYS.into_iter().filter(|w| w.frames != Frames::KernelCopy) {
-            let what = format!("attach failing with {} for ever, {way:?}", Errno(attach).name());
-            let _watchdog = Watchdog::seconds(60, &what);
-            let sys = Arc::new(Inward { attach, ..Inward::new() });
-            let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone())) else {
-                return;
-            };
-            let region = region(&engine, way, 32);
-            // Its old pages are the frames of the next move, if that takes used ones.
-            attempt(&engine, &region, way).expect("nothing fails yet");
-            sys.watch(&region);
-            let racers = Racers::start(&region, 1, 1);
-            let report = attempt(&engine, &region, way).expect("a move");
-            racers.finish();
-            accounted(&report, &region, &[0..region.len()]);
-            let moved = [(Outcome::Moved, region.len() as u64)];
-            assert_eq!(report.by_outcome(), moved, "{what}: {report:?}");
-            let refused = sys.struck.load(Ordering::Relaxed);
-            assert_eq!(report.fallbacks > 0, refused > 0, "{what}: {report:?}");
-            struck += refused;
-        }
-    }
-    assert!(struck > 0, "no page was ever moved in");
-}
-
-#[test]
-fn pages_that_can_go_in_neither_way_for_a_while_come_back_all_the_same() {
-    for &copy in COPY {
-        for attach in [libc::EINVAL, libc::EEXIST, libc::ENOENT, libc::EPERM] {
-            let (attach_name, copy_name) = (Errno(attach).name(), Errno(copy).name());
-            for way in [WAYS[0], WAYS[3], WAYS[5]] {
-                let what = format!("attach {attach_name}, copy {copy_name}, {way:?}");
-                let _watchdog = Watchdog::seconds(60, &what);
-                let (times, copies) = (AtomicU32::new(3), AtomicU32::new(3));
-                let sys = Arc::new(Inward { attach, times, copy, copies, ..Inward::new() });
-                let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone()))
-                else {
-                    return;
-                };
-                let region = region(&engine, way, 32);
-                attempt(&engine, &region, way).expect("nothing fails yet");
-                sys.watch(&region);
-                let racers = Racers::start(&region, 1, 1);
-                let report = attempt(&engine, &region, way).expect("a move");
-                racers.finish();
-                accounted(&report, &region, &[0..region.len()]);
-            }
-        }
-    }
-}
-
-#[test]
-fn a_range_that_was_protected_in_part_only_moves_whole_and_its_old_pages_serve_again() {
-    let sys = Arc::new(Inward { protect: libc::ENOENT, ..Inward::new() });
-    let _watchdog = Watchdog::seconds(60, "moves after partial protection");
-    let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone())) else { return };
-    for way in WAYS.into_iter().filter(|w| live(*w)) {
-        let region = region(&engine, way, 64);
-        sys.watch(&region);
-        let racers = Racers::start(&region, 1, 1);
-        // Often enough that each old page becomes a frame.
-        for _ in 0..6 {
-            let report = attempt(&engine, &region, way).expect("a move");
-            assert_eq!(report.by_outcome(), [(Outcome::Moved, region.len() as u64)]);
-        }
-        racers.finish();
-    }
-}
-
-#[test]
-fn a_page_whose_content_cannot_be_read_any_more_is_poisoned_not_zeroed() {
-    let _watchdog = Watchdog::seconds(60, "a page that cannot be read");
-    let sys = Arc::new(Inward {
-        attach: libc::EPERM,
-        copy: libc::EFAULT,
-        copies: AtomicU32::new(u32::MAX),
-        ..Inward::new()
-    });
-    let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone())) else { return };
-    let region = region(&engine, WAYS[0], 1);
-    sys.watch(&region);
-    let report = attempt(&engine, &region, WAYS[0]).expect("a move");
-    assert_eq!(report.by_outcome(), [(Outcome::CopyFailed, page_size() as u64)]);
-    // Read by the kernel, so that the program lives: as after a memory error it is refused.
-    let mut pipe = [0; 2];
-    // SAFETY: two new descriptors; write(2) reads eight bytes of a mapped range or fails.
-    let written = unsafe {
-        assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
-        libc::write(pipe[1], region.as_ptr().cast(), 8)
-    };
-    let error = std::io::Error::last_os_error().raw_os_error();
-    assert_eq!(written, -1, "the page gave content");
-    assert!(matches!(error, Some(libc::EFAULT | libc::EHWPOISON)), "{error:?}");
-    // SAFETY: both descriptors were opened above and are used no more.
-    unsafe { (libc::close(pipe[0]), libc::close(pipe[1])) };
 }

@@ -41,13 +41,21 @@ impl Berth<'_> {
             self.fork_hold = Some(if nested { forks.hold_again() } else { forks.hold() });
         }
         let flight = self.flight.as_ref().expect("opened before detach");
-        self.ctx.flights.widen(flight, self.addr(piece.start)..self.addr(piece.end));
+        let hole = self.addr(piece.start)..self.addr(piece.end);
+        let given_up = self.ctx.flights.widen(flight, hole);
+        let given_up = |page: usize| given_up.is_some_and(|bits| bit(&bits, page));
         self.hole_since = Some(Instant::now());
         let mut page = piece.start;
         let mut limit = piece.len();
         let mut tries = 0;
         while page < piece.end {
-            let count = limit.min(piece.end - page);
+            if given_up(page) {
+                self.outcome[page] = Outcome::Busy(Busy::Discarding);
+                page += 1;
+                continue;
+            }
+            let most = limit.min(piece.end - page);
+            let count = (1..most).find(|n| given_up(page + n)).unwrap_or(most);
             let Some(progress) = self.take_out(page, count) else {
                 self.outcome[page] = Outcome::Gone;
                 page += 1;
@@ -60,7 +68,7 @@ impl Berth<'_> {
                 tries = 0;
             }
             let Some(Errno(errno)) = progress.error else {
-                limit = piece.len();
+                limit = (limit * 2).min(piece.len());
                 continue;
             };
             let refused = match errno {
@@ -95,7 +103,10 @@ impl Berth<'_> {
             self.outcome[page..page + skip].fill(refused);
             page += skip;
             tries = 0;
-            limit = piece.len();
+            // Where one page's mapping is of the wrong kind, the next one's probably is, too.
+            if errno != libc::EINVAL {
+                limit = piece.len();
+            }
         }
         if self.seg().size == FolioSize::Huge && !is_empty(&self.out) {
             let slot = self.slot(0);

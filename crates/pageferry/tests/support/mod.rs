@@ -97,7 +97,7 @@ pub fn next(state: &mut u64) -> u64 {
 impl Racers {
     /// Starts them on the whole region, which `fill` has filled. One word in 64 is written.
     pub fn start(region: &Arc<Region>, readers: usize, writers: usize) -> Self {
-        Self::start_on(region, &[0..region.len()], readers, writers)
+        Self::start_on(region, std::slice::from_ref(&(0..region.len())), readers, writers)
     }
 
     /// Starts them on parts of a region (bytes from its start).

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
+pub mod faults;
+
 use pageferry::{Engine, EngineBuilder, Outcome, Region, Report};
 use pageferry_copy::Kernel;
 use pageferry_sys::page_size;
@@ -52,6 +54,12 @@ pub fn accounted(report: &Report, region: &Region, asked: &[Range<usize>]) {
     assert_eq!(listed, expected, "which pages: {report:?}");
     let moved = report.bytes(|o| o == Outcome::Moved);
     assert_eq!(moved, report.bytes_moved, "{report:?}");
+}
+
+/// As [`accounted`], for the whole region.
+#[expect(clippy::single_range_in_vec_init, reason = "one range is asked for")]
+pub fn accounted_whole(report: &Report, region: &Region) {
+    accounted(report, region, &[0..region.len()]);
 }
 
 /// Numbers that look random, the same for the same seed (xorshift64).

@@ -1,0 +1,264 @@
+//! Forks in the middle of moves: children see the memory of one moment, and the parent's pages
+//! move again when the children have gone.
+
+mod support;
+
+use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region};
+use pageferry_sys::page_size;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use support::siege::{Mover, StopOnDrop, Watchdog, account, alone};
+use support::{Racers, check, engine, fill, nodes, value, word};
+
+/// A forked child that runs `what` and exits with what it returns; a child that hangs is killed
+/// by SIGALRM.
+fn fork(what: impl FnOnce() -> i32) -> libc::pid_t {
+    // SAFETY: the child runs `what` on its only thread and ends by _exit.
+    let pid = unsafe { libc::fork() };
+    if pid != 0 {
+        assert!(pid > 0, "fork: {}", std::io::Error::last_os_error());
+        return pid;
+    }
+    // SAFETY: plain system calls of a child that nobody else shares.
+    unsafe { libc::alarm(20) };
+    let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(what)).unwrap_or(101);
+    // SAFETY: ends the child without running what belongs to the parent.
+    unsafe { libc::_exit(code) }
+}
+
+/// The exit status of a child; a signal that killed it is negative.
+fn wait(pid: libc::pid_t) -> i32 {
+    let mut status = 0;
+    loop {
+        // SAFETY: waits for a child of this test; the kernel writes the status.
+        let got = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        if got == pid {
+            break;
+        }
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EINTR));
+    }
+    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) } else { -libc::WTERMSIG(status) }
+}
+
+fn region(engine: &Engine, bytes: usize, folios: Folios) -> Arc<Region> {
+    let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
+    fill(&region, 0..bytes);
+    Arc::new(region)
+}
+
+/// Words that one thread writes, one after the other, round after round.
+const SWEPT: usize = 4096;
+
+/// Whether what a child sees is what the parent's memory held at one moment: the words that
+/// nobody writes are untouched, and the sweep stands at one place.
+fn is_snapshot(region: &Region) -> i32 {
+    let step = region.len() / 8 / SWEPT;
+    let first = word(region, 0).load(Ordering::Relaxed);
+    let mut round = (first ^ value(0, 0)) & 0xFFFF_FFFF;
+    let mut fell = false;
+    for i in 0..region.len() / 8 {
+        let found = word(region, i).load(Ordering::Relaxed);
+        if i % step != 0 {
+            if found != value(i, 0) {
+                return 1;
+            }
+        } else if found != value(i, round) {
+            // Once, the round falls by one: the writer had come to here.
+            if fell || round == 0 || found != value(i, round - 1) {
+                return 2;
+            }
+            fell = true;
+            round -= 1;
+        }
+    }
+    0
+}
+
+#[test]
+fn a_child_forked_in_the_middle_of_a_move_sees_the_memory_of_one_moment() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let _watchdog = Watchdog::new("forks");
+    for (folios, order) in [
+        (Folios::Base, Order::Frozen),
+        (Folios::Base, Order::Live),
+        (Folios::Huge, Order::Frozen),
+        (Folios::Huge, Order::Live),
+    ] {
+        let region = region(&engine, 8 << 20, folios);
+        let stop = AtomicBool::new(false);
+        let rounds = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let step = region.len() / 8 / SWEPT;
+                let mut round = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    round += 1;
+                    for i in (0..region.len() / 8).step_by(step) {
+                        let before = word(&region, i).swap(value(i, round), Ordering::Relaxed);
+                        assert_eq!(before, value(i, round - 1), "word {i}");
+                    }
+                    rounds.store(round, Ordering::Relaxed);
+                }
+            });
+            let _stop = StopOnDrop(&stop);
+            let mover = Mover::start(&engine, &region, order);
+            for turn in 0..25 {
+                let child = fork(|| is_snapshot(&region));
+                std::thread::sleep(Duration::from_micros(turn * 137));
+                assert_eq!(wait(child), 0, "{folios:?} {order:?}: fork {turn}");
+            }
+            mover.wait(3);
+            let moved = mover.finish();
+            assert!(moved.bytes(Outcome::Moved) > 0, "{moved:?}");
+        });
+        let round = rounds.load(Ordering::Relaxed);
+        let step = region.len() / 8 / SWEPT;
+        for i in 0..region.len() / 8 {
+            let wanted = value(i, if i % step == 0 { round } else { 0 });
+            assert_eq!(word(&region, i).load(Ordering::Relaxed), wanted, "word {i} at the end");
+        }
+    }
+}
+
+#[test]
+fn shared_pages_are_busy_while_the_child_lives_and_move_when_it_has_gone() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let _watchdog = Watchdog::new("sharing");
+    let (_, to) = nodes(&engine);
+    for order in [Order::Frozen, Order::Live] {
+        for folios in [Folios::Base, Folios::Huge] {
+            let bytes = 8 << 20;
+            let region = region(&engine, bytes, folios);
+            let mut ends = [0; 2];
+            // SAFETY: pipe writes two descriptors.
+            assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
+            let [read, write] = ends;
+            let child = fork(|| {
+                let mut byte = 0u8;
+                // SAFETY: closes the child's copy and waits for the parent's byte or its end.
+                unsafe {
+                    libc::close(write);
+                    libc::read(read, (&raw mut byte).cast(), 1);
+                }
+                is_snapshot(&region)
+            });
+            let go = || engine.migrate(region.to(to)).even_if_there().order(order).run();
+            let report = go().expect("a move");
+            account(&region, &report);
+            let shared = [(Outcome::Busy(Busy::Shared), bytes as u64)];
+            assert_eq!(report.by_outcome(), shared, "{folios:?} {order:?}");
+            check(&region, 0..bytes);
+            // A page that is written is the parent's own.
+            let mine = 0..page_size();
+            if folios == Folios::Base {
+                word(&region, 0).store(value(0, 0), Ordering::Relaxed);
+                let report = go().expect("a move");
+                let moved = report.pages.iter().find(|(_, o)| *o == Outcome::Moved);
+                let moved = moved.map(|(r, _)| r.start - region.addr()..r.end - region.addr());
+                assert_eq!(moved, Some(mine));
+            }
+            // SAFETY: both descriptors are this test's.
+            unsafe {
+                libc::close(write);
+                libc::close(read);
+            }
+            assert_eq!(wait(child), 0, "the child saw other memory");
+            let report = go().expect("a move");
+            assert_eq!(
+                report.by_outcome(),
+                [(Outcome::Moved, bytes as u64)],
+                "{folios:?} {order:?}: after the child has gone"
+            );
+            check(&region, 0..bytes);
+        }
+    }
+}
+
+#[test]
+fn a_child_may_fork_and_spawn_in_turn() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let region = region(&engine, 4 << 20, Folios::Base);
+    let mover = Mover::start(&engine, &region, Order::Frozen);
+    mover.wait(1);
+    for _ in 0..5 {
+        let child = fork(|| {
+            let grandchild = fork(|| is_snapshot(&region));
+            wait(grandchild)
+        });
+        assert_eq!(wait(child), 0, "-14: the grandchild's fork hung");
+    }
+    mover.finish();
+    check(&region, 0..region.len());
+}
+
+#[test]
+fn in_a_child_the_engine_refuses_and_may_be_dropped() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let region = engine.map(4 << 20).build().expect("memory");
+    fill(&region, 0..4 << 20);
+    let (_, to) = nodes(&engine);
+    let report = engine.migrate(region.to(to)).even_if_there().run().expect("a move");
+    assert!(report.is_complete());
+    let mut mine = Some((engine, region));
+    let child = fork(|| {
+        let Some((engine, region)) = mine.take() else { return 3 };
+        let moved = engine.migrate(region.to(to)).even_if_there().run();
+        if !matches!(moved, Err(MigrateError::AfterFork)) {
+            return 4;
+        }
+        let handle = engine.migrate(region.to(to)).start();
+        if !matches!(handle, Err(MigrateError::AfterFork)) {
+            return 5;
+        }
+        for i in 0..region.len() / 8 {
+            if word(&region, i).load(Ordering::Relaxed) != value(i, 0) {
+                return 6;
+            }
+        }
+        drop(region);
+        drop(engine);
+        // An engine of the child's own.
+        let Ok(engine) = Engine::new() else { return 7 };
+        let Ok(region) = engine.map(4 << 20).build() else { return 8 };
+        fill(&region, 0..4 << 20);
+        let report = engine.migrate(region.to(to)).even_if_there().run();
+        check(&region, 0..4 << 20);
+        i32::from(!report.is_ok_and(|r| r.is_complete()))
+    });
+    assert_eq!(wait(child), 0);
+    // The parent's is as good as before.
+    let (engine, region) = mine.take().expect("only the child took it");
+    let report = engine.migrate(region.to(to)).even_if_there().run().expect("a move");
+    assert!(report.is_complete(), "{report:?}");
+    check(&region, 0..4 << 20);
+}
+
+#[test]
+fn programs_are_started_during_moves() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let _watchdog = Watchdog::new("programs");
+    for order in [Order::Frozen, Order::Live] {
+        let region = region(&engine, 16 << 20, Folios::Base);
+        let racers = Racers::start(&region, 1, 1);
+        let mover = Mover::start(&engine, &region, order);
+        for turn in 0..16 {
+            let mut command = Command::new("true");
+            if turn % 2 == 1 {
+                // SAFETY: does nothing; it makes the standard library fork rather than spawn.
+                unsafe { command.pre_exec(|| Ok(())) };
+            }
+            assert!(command.status().expect("true can be run").success());
+        }
+        mover.wait(1);
+        assert!(mover.finish().bytes(Outcome::Moved) > 0);
+        racers.finish();
+    }
+}
