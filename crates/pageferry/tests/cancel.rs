@@ -121,14 +121,16 @@ fn a_move_cancelled_at_any_batch_stops_there_and_every_page_is_intact() {
                 let region = region(&engine, bytes, folios);
                 let racers = Racers::start(&region, 1, 1);
                 let slot: Arc<Mutex<Option<Handle>>> = Arc::default();
-                let ready = Arc::new(Door::default());
+                let (ready, told) = (Arc::new(Door::default()), Arc::new(Door::default()));
                 let gated = Gated::new({
-                    let (slot, ready) = (Arc::clone(&slot), Arc::clone(&ready));
+                    let (slot, ready, told) =
+                        (Arc::clone(&slot), Arc::clone(&ready), Arc::clone(&told));
                     move |batch| {
                         ready.pass();
                         let handle = slot.lock().unwrap_or_else(PoisonError::into_inner);
                         if let (true, Some(handle)) = (batch == k, handle.as_ref()) {
                             handle.cancel();
+                            told.open();
                         }
                     }
                 });
@@ -136,15 +138,13 @@ fn a_move_cancelled_at_any_batch_stops_there_and_every_page_is_intact() {
                     .migrate(region.to(first_node(&engine)))
                     .even_if_there()
                     .order(order)
-                    .engine(gated.clone())
+                    .engine(gated)
                     .batch_bytes(128 << 10)
                     .start()
                     .expect("a move");
                 *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
                 ready.open();
-                while gated.batches.load(Ordering::Relaxed) <= k {
-                    std::thread::yield_now();
-                }
+                told.pass();
                 let handle = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
                 let report = handle.expect("stored above").wait().expect("a report");
                 accounted_whole(&report, &region);

@@ -48,6 +48,15 @@ pub fn alone() -> MutexGuard<'static, ()> {
     ONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Raises a flag when it goes, also by a panic: so threads of a scope end when a test fails.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Fresh address space of the test's own: 1 GiB apart, away from the kernel's mmap area.
 pub fn far_address() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0x1000_0000_0000);
@@ -124,7 +133,13 @@ impl Moved {
 pub struct Mover {
     stop: Arc<AtomicBool>,
     moves: Arc<AtomicU64>,
-    thread: JoinHandle<Moved>,
+    thread: Option<JoinHandle<Moved>>,
+}
+
+impl Drop for Mover {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Mover {
@@ -155,20 +170,22 @@ impl Mover {
             }
             moved
         });
-        Self { stop, moves, thread }
+        Self { stop, moves, thread: Some(thread) }
     }
 
     /// Waits until so many more moves have ended.
     pub fn wait(&self, more: u64) {
         let until = self.moves.load(Ordering::Relaxed) + more;
-        while self.moves.load(Ordering::Relaxed) < until && !self.thread.is_finished() {
+        let ended = || self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        while self.moves.load(Ordering::Relaxed) < until && !ended() {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
-    pub fn finish(self) -> Moved {
+    pub fn finish(mut self) -> Moved {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the moves went well")
+        let thread = self.thread.take().expect("taken here only");
+        thread.join().expect("the moves went well")
     }
 }
 
