@@ -1,13 +1,14 @@
 //! What every part of a move works with: the kernel, the userfaultfd, pools and flights.
 
-use crate::flight::Flights;
+use crate::flight::{Flights, MAX_PAGES};
 use crate::policy::Policy;
 use crate::pool::Pools;
 use pageferry_copy::CopyBatch;
 use pageferry_sys::Sys;
 use pageferry_sys::fork::Quiesce;
-use pageferry_sys::pagemap::Pagemap;
-use pageferry_sys::uffd::Uffd;
+use pageferry_sys::pagemap::{Entry, Pagemap};
+use pageferry_sys::uffd::{Progress, Uffd};
+use pageferry_sys::{Errno, page_size};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -42,5 +43,47 @@ impl Quiesce for Context {
     }
     fn after_in_parent(&self) {
         self.forks.open();
+    }
+}
+
+impl Context {
+    /// `UFFDIO_MOVE`, its result put right.
+    ///
+    /// From Linux 6.18 on (`move_pages` in mm/userfaultfd.c, since pages are moved in batches) the
+    /// kernel forgets to clear an `EAGAIN` that made it try again inside the call. Pages that the
+    /// second try moved are then not counted; the loop comes to them once more, finds their
+    /// destination taken and says `EEXIST`. They have left their place all the same, and nobody
+    /// was woken. A page that is gone from its source and is there at its destination has moved.
+    ///
+    /// # Safety
+    /// As [`Sys::move_range`]; and whoever touches a source page that has moved waits, so that
+    /// it stays missing.
+    pub(crate) unsafe fn move_range(&self, dst: usize, src: usize, len: usize) -> Progress {
+        // SAFETY: promised by the caller.
+        let progress = unsafe { self.sys.move_range(&self.uffd, dst, src, len) };
+        if progress.done > 0 || progress.error != Some(Errno(libc::EEXIST)) {
+            return progress;
+        }
+        let mut entries = [[Entry(0); MAX_PAGES]; 2];
+        let count = (len / page_size()).min(MAX_PAGES);
+        for (from, entries) in [src, dst].into_iter().zip(&mut entries) {
+            if self.pagemap.entries(from, &mut entries[..count]).is_err() {
+                return progress;
+            }
+        }
+        let there = |e: &Entry| e.present() || e.swapped();
+        let [left, taken] = &entries;
+        let moved = left[..count].iter().zip(taken).take_while(|(s, d)| !there(s) && there(d));
+        let done = moved.count() * page_size();
+        if done == 0 {
+            return progress;
+        }
+        // EINVAL, ENOENT: the mapping is gone, and whoever waited with it.
+        let mut tries = 0;
+        while let Err(Errno(libc::EAGAIN)) = self.sys.wake(&self.uffd, dst, done) {
+            crate::berth::back_off(tries);
+            tries += 1;
+        }
+        Progress { done, error: (done < len).then_some(Errno(libc::EAGAIN)) }
     }
 }

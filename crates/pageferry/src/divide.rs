@@ -305,7 +305,10 @@ impl Running<'_> {
                 );
                 berth.abandon();
             }
-            berth.collect_batch(&mut tally);
+            if !berth.collect_batch(&mut tally) {
+                // It reported what it was not asked for: nothing it says can be trusted.
+                self.engine_broken.store(true, Ordering::Relaxed);
+            }
             tally.lap(Phase::Copy);
             self.land(&mut berth, choice, detach, &mut tally);
             free.push(berth);
@@ -367,11 +370,17 @@ impl Running<'_> {
     /// Waits for the batch; copies a part meanwhile, spins briefly, then sleeps. False: it will
     /// not be done any more.
     fn await_batch(&self, batch: &Arc<CopyBatch>) -> bool {
-        let deadline = Instant::now() + ENGINE_TIMEOUT;
+        // Whatever else a broken engine holds is given a moment, not the same time again.
+        let broken = self.engine_broken.load(Ordering::Relaxed);
+        let deadline = Instant::now() + if broken { ENGINE_TIMEOUT / 100 } else { ENGINE_TIMEOUT };
+        // A batch is with the engine that took it, which need not be the one used now; each helps
+        // only with its own.
         let step = || {
-            let engine = self.engine();
-            engine.poll();
-            engine.help(batch)
+            let other = self.job.engine.as_ref().is_some_and(|engine| {
+                engine.poll();
+                engine.help(batch)
+            });
+            other || self.job.cpu.help(batch)
         };
         loop {
             if !batch.is_submitted() {

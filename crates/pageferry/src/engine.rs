@@ -89,9 +89,12 @@ impl Inner {
         self.pid == std::process::id()
     }
 
-    /// Cancels every move that touches `range`, and waits until none does.
-    pub(crate) fn clear_range(&self, range: &Range<usize>) {
+    /// Cancels every move that touches `range`, and waits until none does. From then on `gone` is
+    /// set, and no move of that region begins.
+    pub(crate) fn clear_range(&self, range: &Range<usize>, gone: &AtomicBool) {
         let mut claims = self.claims.lock();
+        // Relaxed: read and written under the lock.
+        gone.store(true, Ordering::Relaxed);
         loop {
             let mut found = false;
             for claim in claims.iter() {

@@ -13,7 +13,7 @@ pub enum BuildError {
     #[error(
         "userfaultfd is not permitted ({0}): run as root or with CAP_SYS_PTRACE, or set \
          vm.unprivileged_userfaultfd=1, or give this user read and write access to \
-         /dev/userfaultfd; or opt in to user-mode-only, whose contract is that no system call is \
+         /dev/userfaultfd (in a container its seccomp profile must allow userfaultfd(2) too); or opt in to user-mode-only, whose contract is that no system call is \
          given managed memory while it moves"
     )]
     NotPermitted(#[source] Errno),
@@ -116,6 +116,9 @@ pub enum MigrateError {
     /// The region belongs to another engine.
     #[error("the region was made by another engine: move it with that one")]
     OtherEngine,
+    /// The region was dropped before the move began.
+    #[error("the region was dropped before its move began: keep it until the move has ended")]
+    RegionGone,
     /// Another move has part of the range.
     #[error("{0:#x?} is being moved by another call: wait for it, or let this call wait")]
     Overlapping(Range<usize>),

@@ -65,6 +65,8 @@ struct Flight {
     any_gone: AtomicBool,
     /// The flight carries one huge folio, whose writers wait.
     huge: AtomicBool,
+    /// Detours there had been when it opened: only later ones took its pages along.
+    seq: AtomicUsize,
 }
 
 /// Relaxed everywhere in this module: the gate's lock orders every access between handler and
@@ -77,11 +79,6 @@ impl Flight {
     }
     fn hole(&self) -> Range<usize> {
         self.hole_start.load(R)..self.hole_end.load(R)
-    }
-    fn overlap(&self, range: &Range<usize>) -> Option<Range<usize>> {
-        let own = self.range();
-        let both = own.start.max(range.start)..own.end.min(range.end);
-        (!both.is_empty()).then_some(both)
     }
 }
 
@@ -98,18 +95,44 @@ struct Quarantine {
 /// Where a page went by `mremap` while it was in the air.
 #[derive(Clone, Debug)]
 struct Detour {
+    seq: usize,
     from: Range<usize>,
     to: usize,
+}
+
+impl Detour {
+    fn target(&self) -> Range<usize> {
+        self.to..self.to + self.from.len()
+    }
 }
 
 #[derive(Debug, Default)]
 struct Rare {
     quarantines: Vec<Quarantine>,
+    /// In the order in which they happened.
     detours: Vec<Detour>,
     unmapped: Vec<Range<usize>>,
 }
 
 impl Rare {
+    /// Where a page is now that was at `addr` when there had been `seq` detours.
+    fn home_of(&self, seq: usize, addr: usize) -> usize {
+        let later = self.detours.iter().filter(|d| d.seq > seq);
+        later.fold(addr, |at, d| if d.from.contains(&at) { d.to + (at - d.from.start) } else { at })
+    }
+
+    /// Where a page was then that is at `addr` now; `None` if what was there has left since.
+    fn origin_of(&self, seq: usize, addr: usize) -> Option<usize> {
+        let later = self.detours.iter().rev().filter(|d| d.seq > seq);
+        later.clone().try_fold(addr, |at, d| {
+            if d.target().contains(&at) {
+                Some(d.from.start + (at - d.to))
+            } else {
+                (!d.from.contains(&at)).then_some(at)
+            }
+        })
+    }
+
     fn is_empty(&self) -> bool {
         self.quarantines.is_empty() && self.detours.is_empty() && self.unmapped.is_empty()
     }
@@ -149,6 +172,8 @@ pub(crate) struct Flights {
     slots: Box<[Flight]>,
     page: usize,
     rare: Mutex<Rare>,
+    /// Detours there ever were.
+    detours: AtomicUsize,
     /// Set while `rare` holds anything, so that the common path does not lock it.
     any_rare: AtomicBool,
 }
@@ -168,6 +193,7 @@ impl Flights {
             slots,
             page,
             rare: Mutex::default(),
+            detours: AtomicUsize::new(0),
             any_rare: AtomicBool::new(false),
         }
     }
@@ -198,6 +224,7 @@ impl Flights {
                 flight.waiters.store(0, R);
                 flight.any_gone.store(false, R);
                 flight.huge.store(huge, R);
+                flight.seq.store(self.detours.load(R), R);
                 for word in flight.dirty.iter().chain(&flight.gone) {
                     word.store(0, R);
                 }
@@ -238,19 +265,18 @@ impl Flights {
         step(Some(&gone))
     }
 
-    /// Where the page that belongs at `addr` must be attached: elsewhere after `mremap`.
-    pub(crate) fn home_of(&self, addr: usize) -> usize {
+    /// Where the flight's page from `addr` belongs now: elsewhere after `mremap`.
+    pub(crate) fn home_of(&self, id: &FlightId, addr: usize) -> usize {
         if !self.any_rare.load(R) {
             return addr;
         }
-        let rare = self.rare.lock();
-        let detour = rare.detours.iter().rev().find(|d| d.from.contains(&addr));
-        detour.map_or(addr, |d| d.to + (addr - d.from.start))
+        self.rare.lock().home_of(self.slots[id.0].seq.load(R), addr)
     }
 
-    /// Whether pages of the flight may have to go elsewhere ([`Flights::home_of`]).
-    pub(crate) fn has_detours(&self) -> bool {
-        self.any_rare.load(R) && !self.rare.lock().detours.is_empty()
+    /// Whether pages of the flight may belong elsewhere ([`Flights::home_of`]).
+    pub(crate) fn has_detours(&self, id: &FlightId) -> bool {
+        let seq = self.slots[id.0].seq.load(R);
+        self.any_rare.load(R) && self.rare.lock().detours.iter().any(|d| d.seq > seq)
     }
 
     /// Ends the flight; true if somebody must be woken in its range.
@@ -277,7 +303,7 @@ impl Flights {
         rare.detours.retain(|d| {
             let ours = overlap(&d.from, within);
             if ours {
-                taken.push(d.to..d.to + d.from.len());
+                taken.push(d.target());
             }
             !ours
         });
@@ -347,7 +373,8 @@ impl Handling<'_> {
             }
             Event::Remap { from, to, len } => {
                 let mut rare = self.flights.rare.lock();
-                rare.detours.push(Detour { from: from..from + len, to });
+                let seq = self.flights.detours.fetch_add(1, R) + 1;
+                rare.detours.push(Detour { seq, from: from..from + len, to });
                 self.flights.any_rare.store(true, R);
                 None
             }
@@ -355,8 +382,11 @@ impl Handling<'_> {
     }
 
     fn fault(&self, page: usize, protected: bool) -> Verdict {
-        let home = self.origin_of(page);
-        let flight = self.flights.slots.iter().find(|f| f.range().contains(&home));
+        let mut home = page;
+        let flight = self.flights.slots.iter().find(|flight| {
+            home = self.origin_of(flight, page).unwrap_or(0);
+            flight.range().contains(&home)
+        });
         match flight {
             // Letting the writer go would mean to copy all of the folio again, in the hole, where
             // readers wait too. So it waits for the copy under way, and readers do not.
@@ -388,26 +418,29 @@ impl Handling<'_> {
         flight.dirty[index / 64].fetch_or(1 << (index % 64), R);
     }
 
-    /// The address that the page at `addr` had before an `mremap` in flight.
-    fn origin_of(&self, addr: usize) -> usize {
+    /// The address that the page at `addr` had when the flight opened.
+    fn origin_of(&self, flight: &Flight, addr: usize) -> Option<usize> {
         if !self.flights.any_rare.load(R) {
-            return addr;
+            return Some(addr);
         }
-        let rare = self.flights.rare.lock();
-        let detour =
-            rare.detours.iter().rev().find(|d| (d.to..d.to + d.from.len()).contains(&addr));
-        detour.map_or(addr, |d| d.from.start + (addr - d.to))
+        self.flights.rare.lock().origin_of(flight.seq.load(R), addr)
     }
 
     fn mark_gone(&self, range: &Range<usize>) {
+        let rare = self.flights.rare.lock();
         for flight in &self.flights.slots {
-            let Some(both) = flight.overlap(range) else { continue };
-            let start = flight.start.load(R);
-            for addr in both.step_by(self.flights.page) {
-                let index = (addr - start) / self.flights.page;
-                flight.gone[index / 64].fetch_or(1 << (index % 64), R);
+            let seq = flight.seq.load(R);
+            let moved = rare.detours.iter().any(|d| d.seq > seq);
+            if !moved && !overlap(&flight.range(), range) {
+                continue;
             }
-            flight.any_gone.store(true, R);
+            for (index, addr) in flight.range().step_by(self.flights.page).enumerate() {
+                let home = if moved { rare.home_of(seq, addr) } else { addr };
+                if range.contains(&home) {
+                    flight.gone[index / 64].fetch_or(1 << (index % 64), R);
+                    flight.any_gone.store(true, R);
+                }
+            }
         }
     }
 }

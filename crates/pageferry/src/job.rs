@@ -11,8 +11,8 @@ use crate::report::{Order, Outcome, Report};
 use crate::tally::Tally;
 use crate::units::blocks_around;
 use pageferry_copy::{CopyEngine, CpuEngine};
-use pageferry_sys::page_size;
 use pageferry_sys::uffd::Modes;
+use pageferry_sys::{Errno, page_size};
 use parking_lot::Mutex;
 use std::ops::Range;
 use std::sync::Arc;
@@ -73,15 +73,29 @@ impl Drop for Armed<'_> {
     fn drop(&mut self) {
         let detours: Vec<_> = self.ranges.iter().flat_map(|r| self.ctx.flights.forget(r)).collect();
         for range in self.ranges.iter().chain(&detours) {
-            for tries in 0..64 {
-                let done = self.ctx.sys.unregister(&self.ctx.uffd, range.start, range.len());
-                match done {
-                    // EINVAL: the program has unmapped it all.
-                    Ok(()) | Err(pageferry_sys::Errno(libc::EINVAL)) => break,
-                    // Left registered it still works: the handler serves it as long as the engine
-                    // lives.
-                    Err(_) => back_off(tries),
+            self.disarm(range.clone());
+        }
+    }
+}
+
+impl Armed<'_> {
+    /// Unregisters a range. What stays registered for a lasting failure still works: the handler
+    /// serves it as long as the engine lives.
+    fn disarm(&self, range: Range<usize>) {
+        for tries in 0..64 {
+            match self.ctx.sys.unregister(&self.ctx.uffd, range.start, range.len()) {
+                Ok(()) => return,
+                // Nothing is mapped there any more, or something that cannot be registered
+                // stands within: each half may be fine.
+                Err(Errno(libc::EINVAL)) => {
+                    let middle = range.start + (range.len() / 2).next_multiple_of(page_size());
+                    if middle < range.end {
+                        self.disarm(range.start..middle);
+                        self.disarm(middle..range.end);
+                    }
+                    return;
                 }
+                Err(_) => back_off(tries),
             }
         }
     }
@@ -100,7 +114,7 @@ impl Job {
     }
 
     /// Moves everything. The ranges in `blocks` are ours.
-    pub(crate) fn run(&self, blocks: &[Range<usize>]) -> Result<Report, pageferry_sys::Errno> {
+    pub(crate) fn run(&self, blocks: &[Range<usize>]) -> Result<Report, Errno> {
         let started = Instant::now();
         // Write protection is for live order; its registration costs a walk over all pages at the
         // end, so frozen moves go without.
@@ -113,7 +127,7 @@ impl Job {
             loop {
                 match self.ctx.sys.register(&self.ctx.uffd, block.start, block.len(), modes) {
                     Ok(()) => break,
-                    Err(pageferry_sys::Errno(libc::EAGAIN | libc::EINTR)) if tries < 64 => {
+                    Err(Errno(libc::EAGAIN | libc::EINTR)) if tries < 64 => {
                         back_off(tries);
                         tries += 1;
                     }

@@ -231,8 +231,10 @@ impl Pools {
         };
         // SAFETY: the range belongs to this pool and holds nothing; none of the advice drops it.
         unsafe {
-            // A kernel without huge pages knows neither advice, and needs none.
-            let _ = self.sys.advise(start, len, folios);
+            self.sys.advise(start, len, folios).or_else(|e| match e {
+                Errno(libc::EINVAL) => Ok(()), // a kernel without huge pages, which needs none
+                e => Err(e),
+            })?;
             self.sys.advise(start, len, Advice::DontFork)?;
             let _ = self.sys.advise(start, len, Advice::DontDump);
         }
@@ -379,7 +381,7 @@ impl Pools {
 
     /// Whether the memory cgroup has room. Reading that takes a dozen files, so an answer is good
     /// for half of the room that it found, and for a tenth of a second.
-    fn allowed(&self, bytes: u64) -> bool {
+    pub(crate) fn allowed(&self, bytes: u64) -> bool {
         let mut allowance = self.allowance.lock();
         if allowance.bytes < bytes || allowance.until < Instant::now() {
             let room = cgroup::headroom().map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));

@@ -14,6 +14,8 @@ use pageferry_sys::{Errno, page_size};
 use pageferry_topology::NodeId;
 use serde::Serialize;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Which folios a region is to have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,6 +109,7 @@ impl RegionBuilder {
             io_pins: self.io_pins,
             own_policy: self.prefer.is_some(),
             owned: true,
+            gone: Arc::default(),
         };
         if let Some(node) = self.prefer {
             sys.prefer_node(start, len, node.get()).map_err(kernel("setting its memory policy"))?;
@@ -127,6 +130,8 @@ pub struct Region {
     /// It has (or may have) a memory policy of its own.
     pub(crate) own_policy: bool,
     owned: bool,
+    /// Set when it is dropped: what is asked of it later finds somebody else's memory.
+    pub(crate) gone: Arc<AtomicBool>,
 }
 
 impl Region {
@@ -142,7 +147,15 @@ impl Region {
         if !start.is_multiple_of(page_size()) || !len.is_multiple_of(page_size()) {
             return Err(RegionError::Unaligned(start..end));
         }
-        Ok(Self { engine, start, len, io_pins, own_policy: true, owned: false })
+        Ok(Self {
+            engine,
+            start,
+            len,
+            io_pins,
+            own_policy: true,
+            owned: false,
+            gone: Arc::default(),
+        })
     }
 
     /// Its first byte. What is behind it moves, the address does not.
@@ -258,7 +271,7 @@ impl Drop for Region {
     fn drop(&mut self) {
         let inner = &self.engine.inner;
         if inner.is_at_home() {
-            inner.clear_range(&self.addresses());
+            inner.clear_range(&self.addresses(), &self.gone);
         }
         if self.owned {
             // SAFETY: the region is the only one that hands out this memory, nobody moves it any

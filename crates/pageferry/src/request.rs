@@ -32,6 +32,7 @@ pub struct Part {
     home: Range<usize>,
     io_pins: IoPins,
     own_policy: bool,
+    gone: Arc<AtomicBool>,
     ranges: Vec<Range<usize>>,
     to: NodeId,
 }
@@ -43,6 +44,7 @@ impl Part {
             home: region.addresses(),
             io_pins: region.io_pins,
             own_policy: region.own_policy,
+            gone: Arc::clone(&region.gone),
             ranges: Vec::new(),
             to,
         }
@@ -299,7 +301,8 @@ impl Move {
             control,
         };
         let blocks = Job::blocks(&job.legs, &homes);
-        Ok(Prepared { engine: self.engine, job, blocks, overlap: self.overlap })
+        let gone = self.parts.into_iter().map(|p| p.gone).collect();
+        Ok(Prepared { engine: self.engine, job, blocks, overlap: self.overlap, gone })
     }
 }
 
@@ -309,6 +312,8 @@ struct Prepared {
     job: Job,
     blocks: Vec<Range<usize>>,
     overlap: Overlap,
+    /// Of the regions: whether they were dropped.
+    gone: Vec<Arc<AtomicBool>>,
 }
 
 /// The claim on a range, given up when dropped.
@@ -329,6 +334,10 @@ impl Prepared {
         let inner = &self.engine.inner;
         let mut claims = inner.claims.lock();
         loop {
+            // Relaxed: read and written under the lock.
+            if self.gone.iter().any(|gone| gone.load(Ordering::Relaxed)) {
+                return Err(MigrateError::RegionGone);
+            }
             let taken = claims
                 .iter()
                 .flat_map(|c| &c.ranges)

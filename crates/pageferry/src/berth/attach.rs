@@ -13,6 +13,9 @@ use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+/// Tries of a way to put a page in before another is taken.
+const PLACE_TRIES: u32 = 64;
+
 impl Berth<'_> {
     /// Step 6: puts the new pages in (the originals where copying failed). When this returns, no
     /// page of the piece is out.
@@ -28,12 +31,8 @@ impl Berth<'_> {
                 page += 1;
                 continue;
             }
-            let keep = bit(&self.failed, page);
-            let mut end = page + 1;
-            while end < piece.end && bit(&self.out, end) && bit(&self.failed, end) == keep {
-                end += 1;
-            }
-            self.place(page..end, keep, tally);
+            let end = page + (page..piece.end).take_while(|&i| bit(&self.out, i)).count();
+            self.place(page..end, tally);
             page = end;
         }
         let hole = self.hole_since.take().map_or(Duration::ZERO, |since| since.elapsed());
@@ -67,45 +66,23 @@ impl Berth<'_> {
         }
     }
 
-    /// Moves frames (or the originals, if `keep`) into the holes of `run`.
-    fn place(&mut self, run: Range<usize>, keep: bool, tally: &mut Tally) {
+    /// Moves frames, or the originals of pages that could not be copied, into the holes of `run`.
+    fn place(&mut self, run: Range<usize>, tally: &mut Tally) {
         let mut page = run.start;
+        let mut limit = run.len();
         let mut tries = 0;
+        // Once one page has used up its tries, the next ones go another way at once.
+        let mut patience = PLACE_TRIES;
         while page < run.end {
-            let detours = self.ctx.flights.has_detours();
-            let (step, gone) = {
-                let flight = self.flight.as_ref().expect("opened before attach");
-                self.ctx.flights.with_gone(flight, |gone| {
-                    let is_gone = |i: usize| gone.is_some_and(|g| bit(g, i));
-                    let first = is_gone(page);
-                    let mut end = page + 1;
-                    // Pages that `mremap` took elsewhere are followed one by one.
-                    while !detours && end < run.end && is_gone(end) == first {
-                        end += 1;
-                    }
-                    if first {
-                        return (Progress { done: (end - page) * page_size(), error: None }, true);
-                    }
-                    let dst = self.ctx.flights.home_of(self.addr(page));
-                    let len = (end - page) * page_size();
-                    if self.kernel_copy && !keep {
-                        let (sys, src) = (&self.ctx.sys, self.slot(page));
-                        // SAFETY: the destination is the hole that these pages left, the source
-                        // their slots.
-                        return (unsafe { sys.copy_in(&self.ctx.uffd, dst, src, len) }, false);
-                    }
-                    let src = if keep { self.slot(page) } else { self.frame(page) };
-                    // SAFETY: the destination is the hole that these pages left; the source is
-                    // ours.
-                    let moved = unsafe { self.ctx.sys.move_range(&self.ctx.uffd, dst, src, len) };
-                    (moved, false)
-                })
-            };
+            let keep = bit(&self.failed, page);
+            let same = |i: &usize| bit(&self.failed, *i) == keep;
+            let end = page + (page..run.end).take(limit).take_while(same).count();
+            let (step, gone) = self.put_in(page..end, keep);
             let done = step.done / page_size();
             if done > 0 {
                 let outcome = match (gone, keep) {
                     (true, _) => Outcome::Gone,
-                    (false, true) => Outcome::CopyFailed,
+                    (false, true) => self.kept(),
                     (false, false) => Outcome::Moved,
                 };
                 let stays = keep || gone || self.kernel_copy;
@@ -114,19 +91,27 @@ impl Berth<'_> {
                 tries = 0;
             }
             match step.error {
-                None => {}
+                None => limit = (limit * 2).min(run.len()),
                 Some(Errno(libc::EAGAIN)) if done > 0 => {}
-                Some(Errno(libc::EAGAIN | libc::EINTR | libc::ENOMEM)) => {
-                    // The page must come back: there is no giving up here.
+                Some(Errno(libc::EAGAIN | libc::EINTR | libc::ENOMEM)) if tries < patience => {
                     back_off(tries);
                     tries += 1;
                 }
+                // Another mapping begins within the range: approach it by halves.
+                Some(Errno(libc::EINVAL)) if end - page > done + 1 => {
+                    limit = ((end - page) / 2).max(1);
+                }
                 Some(errno) => {
-                    if self.place_otherwise(page, errno, keep) {
+                    let insists = tries >= patience;
+                    if self.place_otherwise(page, errno, keep, insists) {
                         tally.fallbacks += 1;
                         page += 1;
                         tries = 0;
+                        if insists {
+                            patience = 1;
+                        }
                     } else {
+                        // The page must come back: there is no giving up here.
                         back_off(tries);
                         tries += 1;
                     }
@@ -135,15 +120,51 @@ impl Berth<'_> {
         }
     }
 
+    /// One call that brings pages in, under the gate; true if there was nothing to bring, because
+    /// the program has given them up.
+    fn put_in(&self, run: Range<usize>, keep: bool) -> (Progress, bool) {
+        let flight = self.flight.as_ref().expect("opened before attach");
+        let flights = &self.ctx.flights;
+        let detours = flights.has_detours(flight);
+        flights.with_gone(flight, |gone| {
+            let is_gone = |i: usize| gone.is_some_and(|g| bit(g, i));
+            let first = is_gone(run.start);
+            // Pages that `mremap` took elsewhere are followed one by one.
+            let most = if detours { 1 } else { run.len() };
+            let count = run.clone().take(most).take_while(|&i| is_gone(i) == first).count();
+            let len = count * page_size();
+            if first {
+                return (Progress { done: len, error: None }, true);
+            }
+            let dst = flights.home_of(flight, self.addr(run.start));
+            let moved = if self.kernel_copy && !keep {
+                let src = self.slot(run.start);
+                // SAFETY: the destination is the hole that these pages left, the source their
+                // slots.
+                unsafe { self.ctx.sys.copy_in(&self.ctx.uffd, dst, src, len) }
+            } else {
+                let src = if keep { self.slot(run.start) } else { self.frame(run.start) };
+                // SAFETY: the destination is the hole that these pages left; the source is ours.
+                unsafe { self.ctx.move_range(dst, src, len) }
+            };
+            (moved, false)
+        })
+    }
+
+    /// The outcome of a page whose original went back.
+    fn kept(&self) -> Outcome {
+        if self.kernel_copy { Outcome::NoFrame(Shortage::Memory) } else { Outcome::CopyFailed }
+    }
+
     /// The kernel would not move the page in (its mapping was locked or protected meanwhile, or
     /// is gone). A copy by the kernel works where moving does not. False: try again.
-    fn place_otherwise(&mut self, page: usize, why: Errno, keep: bool) -> bool {
-        let home = self.ctx.flights.home_of(self.addr(page));
-        if why == Errno(libc::EEXIST) {
-            // Something stands there that the program put there after it gave this page up.
-            self.settle(page..page + 1, Outcome::Gone, true, false);
-            return true;
-        }
+    ///
+    /// What the program gives up is marked by the handler, and `put_in` passes it over. So an errno
+    /// that says the same is believed only once the kernel `insists`: until then the mark is on its
+    /// way, or the refusal passes.
+    fn place_otherwise(&mut self, page: usize, why: Errno, keep: bool, insists: bool) -> bool {
+        let flight = self.flight.as_ref().expect("opened before attach");
+        let home = self.ctx.flights.home_of(flight, self.addr(page));
         let original = keep || self.kernel_copy;
         let src = if original { self.slot(page) } else { self.frame(page) };
         // SAFETY: the destination is the hole that this page left; the source is ours.
@@ -151,23 +172,26 @@ impl Berth<'_> {
         match copied.error {
             None => {
                 self.placed_otherwise = true;
-                let outcome = if keep { Outcome::CopyFailed } else { Outcome::Moved };
+                let outcome = if keep { self.kept() } else { Outcome::Moved };
                 // The frame is still in the pool, and so is the original.
                 self.settle(page..page + 1, outcome, true, false);
                 true
             }
-            // No mapping of ours there any more: the program has unmapped it.
+            // No mapping of ours there any more, or something else stands there: the program has
+            // unmapped or replaced it.
             Some(Errno(libc::ENOENT | libc::EINVAL | libc::EEXIST | libc::ESRCH)) => {
-                self.settle(page..page + 1, Outcome::Gone, true, false);
-                true
+                if insists {
+                    self.settle(page..page + 1, Outcome::Gone, true, false);
+                }
+                insists
             }
             // The source cannot be read: a memory error. What the program must feel is SIGBUS,
             // not a page of zeros.
-            Some(Errno(libc::EFAULT | libc::EHWPOISON)) if keep => {
+            Some(Errno(libc::EFAULT | libc::EHWPOISON)) if keep && insists => {
                 let marked = self.ctx.sys.poison(&self.ctx.uffd, home, page_size());
                 let settled = marked.error.is_none();
                 if settled {
-                    self.settle(page..page + 1, Outcome::CopyFailed, true, false);
+                    self.settle(page..page + 1, self.kept(), true, false);
                 }
                 settled
             }

@@ -8,7 +8,7 @@ use super::{Berth, runs, set};
 use crate::flight::{Bits, MAX_PAGES, bit};
 use crate::report::Order;
 use crate::tally::Tally;
-use pageferry_copy::{CopyOp, Kernel, OpResult};
+use pageferry_copy::{CopyError, CopyOp, Kernel, OpResult};
 use pageferry_sys::page_size;
 use std::ops::Range;
 use std::sync::Arc;
@@ -79,18 +79,23 @@ impl Berth<'_> {
         }
     }
 
-    /// Takes over the results of the batch; what failed is copied again from the slots.
-    pub(crate) fn collect_batch(&mut self, tally: &mut Tally) {
-        let Some(batch) = self.batch.clone() else { return };
+    /// Takes over the results of the batch; what failed is copied again from the slots. False: the
+    /// engine broke its contract.
+    pub(crate) fn collect_batch(&mut self, tally: &mut Tally) -> bool {
+        let Some(batch) = self.batch.clone() else { return true };
+        let mut honest = batch.violations() == 0;
         for i in 0..batch.len() {
-            if batch.result(i) == Some(OpResult::Done) {
-                continue;
+            match batch.result(i) {
+                Some(OpResult::Done) => continue,
+                Some(OpResult::Failed(CopyError::LongCopy { .. })) => honest = false,
+                _ => {}
             }
             let Some(op) = batch.op(i) else { continue };
             let first = (op.dst - self.frame(0)) / page_size();
             set(&mut self.redo, first..first + op.len / page_size());
             tally.fallbacks += 1;
         }
+        honest
     }
 
     /// The engine was given the batch and never gave it back: its frames are lost to us, and

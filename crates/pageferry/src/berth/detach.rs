@@ -48,6 +48,8 @@ impl Berth<'_> {
         let mut page = piece.start;
         let mut limit = piece.len();
         let mut tries = 0;
+        // Once one page has used up its tries, the next ones get one each: the hole is open.
+        let mut patience = DETACH_TRIES;
         while page < piece.end {
             if given_up(page) {
                 self.outcome[page] = Outcome::Busy(Busy::Discarding);
@@ -74,9 +76,12 @@ impl Berth<'_> {
             let refused = match errno {
                 // Part was done: asking for the rest tells the reason.
                 libc::EAGAIN if moved > 0 => continue,
-                libc::EAGAIN | libc::EINTR | libc::ENOMEM if tries < DETACH_TRIES => {
+                libc::EAGAIN | libc::EINTR | libc::ENOMEM if tries < patience => {
                     back_off(tries);
                     tries += 1;
+                    if tries == DETACH_TRIES {
+                        patience = 1;
+                    }
                     continue;
                 }
                 libc::EAGAIN => Outcome::Busy(Busy::Contended),
@@ -123,11 +128,11 @@ impl Berth<'_> {
     /// moved it away.
     fn take_out(&self, page: usize, count: usize) -> Option<Progress> {
         let flight = self.flight.as_ref()?;
-        let detours = self.ctx.flights.has_detours();
+        let detours = self.ctx.flights.has_detours(flight);
         self.ctx.flights.with_gone(flight, |gone| {
             let is_gone = |i: usize| {
                 gone.is_some_and(|g| bit(g, i))
-                    || detours && self.ctx.flights.home_of(self.addr(i)) != self.addr(i)
+                    || detours && self.ctx.flights.home_of(flight, self.addr(i)) != self.addr(i)
             };
             if is_gone(page) {
                 return None;
@@ -136,7 +141,7 @@ impl Berth<'_> {
             let (dst, src) = (self.slot(page), self.addr(page));
             // SAFETY: the slots are ours and empty; whoever uses the pages waits at the hole; and
             // the range is still the one that was registered (see `flight`, property 4).
-            Some(unsafe { self.ctx.sys.move_range(&self.ctx.uffd, dst, src, count * page_size()) })
+            Some(unsafe { self.ctx.move_range(dst, src, count * page_size()) })
         })
     }
 

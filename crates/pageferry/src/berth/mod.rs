@@ -20,7 +20,7 @@ use crate::flight::{Bits, FlightId, MAX_PAGES, Refused};
 use crate::plan::Segment;
 use crate::pool::{Extent, Source};
 use crate::quiesce::Held;
-use crate::report::{Busy, Order, Outcome};
+use crate::report::{Busy, Order, Outcome, Shortage};
 use crate::tally::Tally;
 use crate::units::FolioSize;
 use pageferry_copy::{CopyBatch, Kernel};
@@ -235,6 +235,11 @@ impl<'c> Berth<'c> {
             e.frames() == 0 || e.lost || e.node != segment.to || e.size != segment.size
         }) {
             self.retire_frames(source);
+        }
+        // The kernel allocates for its copies: a full cgroup would call the OOM killer.
+        if kernel_copy && !self.ctx.pools.allowed(segment.range.len() as u64) {
+            tally.outcome(segment.range, Outcome::NoFrame(Shortage::Memory));
+            return Err(());
         }
         if self.frames.is_none() && !kernel_copy {
             match self.ctx.pools.take_frames(segment.to, segment.size, want, source) {
