@@ -44,6 +44,7 @@ pub(crate) struct Running<'j> {
     pub(crate) quota: AtomicI64,
     pub(crate) tallies: Mutex<Vec<Tally>>,
     pub(crate) engine_broken: AtomicBool,
+    pub(crate) engine_panicked: AtomicBool,
     /// The first second try waits a moment: what was busy may be free then.
     pub(crate) waited: AtomicBool,
     /// Folio size of the last segment, by which the next stretch is divided.
@@ -118,6 +119,12 @@ impl Running<'_> {
         let range = &segment.range;
         // SAFETY: populating changes no content.
         let _ = unsafe { self.job.ctx.sys.advise(range.start, range.len(), Advice::PopulateWrite) };
+    }
+
+    /// The engine panicked: it is not called any more. What it still holds comes by itself, or not.
+    fn panicked(&self) {
+        self.engine_broken.store(true, Ordering::Relaxed);
+        self.engine_panicked.store(true, Ordering::Relaxed);
     }
 
     fn source(&self) -> Source {
@@ -360,7 +367,7 @@ impl Running<'_> {
         match submitted {
             Ok(result) => result.is_ok(),
             Err(_) => {
-                self.engine_broken.store(true, Ordering::Relaxed);
+                self.panicked();
                 // What it took before it panicked is waited for; what it did not is abandoned.
                 batch.is_submitted() || batch.is_done()
             }
@@ -376,7 +383,9 @@ impl Running<'_> {
         // A batch is with the engine that took it, which need not be the one used now; each helps
         // only with its own.
         let step = || {
-            let other = self.job.engine.as_ref().is_some_and(|engine| {
+            let usable =
+                self.job.engine.as_ref().filter(|_| !self.engine_panicked.load(Ordering::Relaxed));
+            let other = usable.is_some_and(|engine| {
                 engine.poll();
                 engine.help(batch)
             });
@@ -387,7 +396,7 @@ impl Running<'_> {
                 return true;
             }
             let helped = catch_unwind(AssertUnwindSafe(step)).unwrap_or_else(|_| {
-                self.engine_broken.store(true, Ordering::Relaxed);
+                self.panicked();
                 false
             });
             if helped {

@@ -146,6 +146,7 @@ impl Job {
             quota: AtomicI64::new(0),
             tallies: Mutex::new(Vec::with_capacity(8)),
             engine_broken: AtomicBool::new(false),
+            engine_panicked: AtomicBool::new(false),
             waited: AtomicBool::new(false),
             last_huge: AtomicBool::new(false),
         };

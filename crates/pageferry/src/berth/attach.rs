@@ -191,11 +191,12 @@ impl Berth<'_> {
                 let marked = self.ctx.sys.poison(&self.ctx.uffd, home, page_size());
                 let settled = marked.error.is_none();
                 if settled {
-                    self.settle(page..page + 1, self.kept(), true, false);
+                    self.settle(page..page + 1, Outcome::CopyFailed, true, false);
                 }
                 settled
             }
             Some(_) => {
+                self.starved |= copied.error == Some(Errno(libc::ENOMEM));
                 // Neither way for the frame: from now on try the original.
                 if !keep && why != Errno(libc::EAGAIN) {
                     set(&mut self.failed, page..page + 1);

@@ -126,6 +126,8 @@ pub(crate) struct Berth<'c> {
     kernel_copy: bool,
     /// Some page was placed by `UFFDIO_COPY`, on a node of the kernel's choice.
     placed_otherwise: bool,
+    /// The kernel had no memory for its copies.
+    starved: bool,
     /// This thread has other holes open.
     nested: bool,
     /// When to offer the CPU to others before the next hole, and how often.
@@ -153,6 +155,7 @@ impl<'c> Berth<'c> {
             abandoned: false,
             kernel_copy: false,
             placed_otherwise: false,
+            starved: false,
             nested: false,
             turn: Turn::new(),
         }
@@ -222,6 +225,7 @@ impl<'c> Berth<'c> {
     ) -> Result<Option<Segment>, ()> {
         self.kernel_copy = kernel_copy;
         self.placed_otherwise = false;
+        self.starved = false;
         let want = segment.range.len() / page_size();
         let from = segment.from.unwrap_or(segment.to);
         if self
