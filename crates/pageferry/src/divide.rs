@@ -6,6 +6,7 @@
 //! planner (a short lock a batch) and a few counters.
 
 use crate::berth::Berth;
+use crate::engine::usable_cpus;
 use crate::job::{Frames, Job};
 use crate::plan::{Planner, Segment};
 use crate::policy::{Choice, MAX_WINDOW, Wish};
@@ -69,7 +70,10 @@ impl Running<'_> {
             let (division, bytes) = match &self.job.engine {
                 Some(_) => (Division::Conducted, usize::MAX),
                 None if alone => (Division::Shared, usize::MAX),
-                None => ctx.policy.division(size, &self.wish),
+                None => {
+                    let busy = pageferry_sys::sched::runnable() > usable_cpus();
+                    ctx.policy.division(size, &self.wish, busy)
+                }
             };
             self.quota.store(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
             let before = self.job.control.done.load(Ordering::Relaxed);
@@ -438,7 +442,7 @@ impl Running<'_> {
 const SPIN: Duration = Duration::from_micros(30);
 
 fn spin_until(done: impl Fn() -> bool) -> bool {
-    if crate::engine::usable_cpus() < 2 {
+    if usable_cpus() < 2 {
         return done();
     }
     let until = Instant::now() + SPIN;

@@ -20,6 +20,9 @@ const MESSAGES: usize = 32;
 
 /// Serves until `stop` is raised.
 pub(crate) fn serve(ctx: &Context, stop: &Signal) {
+    // Every fault at a hole wakes this thread. It must not take the CPU of the mover that is about
+    // to close the hole; the faulting thread's CPU is free. (Refused, it only wakes louder.)
+    let _ = pageferry_sys::sched::wake_quietly();
     let mut messages = [RawMsg::EMPTY; MESSAGES];
     loop {
         match wait_readable(&ctx.uffd, stop.as_raw_fd()) {

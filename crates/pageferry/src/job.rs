@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// From this stall budget on, live order is not considered: a batch of either folio size fits it
 /// frozen, on every machine measured.
-const LIVE_BUDGET: Duration = Duration::from_millis(1);
+const LIVE_BUDGET: Duration = Duration::from_millis(2);
 
 /// Where frames come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

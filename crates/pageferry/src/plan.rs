@@ -15,8 +15,9 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-/// Address space that is looked at in one go.
-const WINDOW: usize = 32 << 20;
+/// Address space that is looked at in one go: at first one block, so that the first batch is soon
+/// on its way, then twice as much each time.
+const WINDOW: Range<usize> = HUGE..32 << 20;
 /// Runs that one look returns at most.
 const RUNS: usize = 512;
 /// Tries of a look that fails for a passing reason.
@@ -57,6 +58,7 @@ struct Cursor {
     /// Index of the range under way, and the address up to which it was looked at.
     range: usize,
     looked: usize,
+    window: usize,
     ready: VecDeque<Segment>,
 }
 
@@ -83,7 +85,13 @@ impl Planner {
             .into_iter()
             .map(|leg| {
                 let looked = leg.ranges.first().map_or(0, |r| r.start);
-                Cursor { leg, range: 0, looked, ready: VecDeque::with_capacity(RUNS) }
+                Cursor {
+                    leg,
+                    range: 0,
+                    looked,
+                    window: WINDOW.start,
+                    ready: VecDeque::with_capacity(RUNS),
+                }
             })
             .collect();
         Self {
@@ -183,7 +191,8 @@ impl Planner {
                 continue;
             }
             // Windows end at block boundaries, so that no huge page is seen in part.
-            let end = ((start + WINDOW) & !(HUGE - 1)).min(range.end);
+            let end = ((start + cursor.window) & !(HUGE - 1)).min(range.end);
+            cursor.window = (cursor.window * 2).min(WINDOW.end);
             let ended = self.look_at(ctx, turn, start..end, tally);
             self.cursors[turn].looked = ended;
         }

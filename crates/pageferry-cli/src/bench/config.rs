@@ -76,7 +76,9 @@ impl Config {
         if let Some(batch) = self.batch {
             migration = migration.batch_bytes(batch);
         }
-        if let Some(budget) = self.budget {
+        // A batch size that is asked for is not to be cut by the default budget.
+        let budget = self.budget.or(self.order.map(|_| Duration::from_secs(1)));
+        if let Some(budget) = budget {
             migration = migration.stall_budget(budget);
         }
         if let Some(kernel) = self.kernel {

@@ -8,6 +8,7 @@ use super::{Berth, back_off, clear, set};
 use crate::flight::{MAX_PAGES, bit};
 use crate::report::{Outcome, Shortage};
 use crate::tally::Tally;
+use pageferry_sys::sched::Moment;
 use pageferry_sys::uffd::Progress;
 use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
@@ -26,16 +27,21 @@ impl Berth<'_> {
         let _policy = (self.kernel_copy && !one_node)
             .then(|| pageferry_sys::mm::PreferringNode::new(self.seg().to));
         let mut page = piece.start;
+        let mut last_call = None;
         while page < piece.end {
             if !bit(&self.out, page) {
                 page += 1;
                 continue;
             }
+            last_call = Some(Moment::now());
             let end = page + (page..piece.end).take_while(|&i| bit(&self.out, i)).count();
             self.place(page..end, tally);
             page = end;
         }
         let hole = self.hole_since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        // The last call wakes who waits; whoever wakes may take this CPU on its way out. The hole
+        // is closed then.
+        let hole = hole.saturating_sub(last_call.map_or(Duration::ZERO, |m| m.preempted_for()));
         tally.holes.record(hole);
         self.fork_hold = None;
         if (self.kernel_copy || self.placed_otherwise) && !one_node {
