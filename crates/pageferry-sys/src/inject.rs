@@ -161,6 +161,10 @@ impl Sys for Faulty {
         // SAFETY: the same promise.
         unsafe { Linux.advise(start, len, advice) }
     }
+    fn is_mapped(&self, start: usize, len: usize) -> Result<bool, Errno> {
+        self.plain(SysOp::IsMapped)?;
+        Linux.is_mapped(start, len)
+    }
     fn prefer_node(&self, start: usize, len: usize, node: u32) -> Result<(), Errno> {
         self.plain(SysOp::PreferNode)?;
         Linux.prefer_node(start, len, node)

@@ -24,6 +24,7 @@ pub enum SysOp {
     MapOver,
     Unmap,
     Advise(Advice),
+    IsMapped,
     PreferNode,
     PageNodes,
     Scan,
@@ -112,6 +113,10 @@ pub trait Sys: Send + Sync + std::fmt::Debug {
     unsafe fn advise(&self, start: usize, len: usize, advice: Advice) -> Result<(), Errno> {
         // SAFETY: promised by the caller.
         unsafe { mm::advise(start, len, advice) }
+    }
+    /// Whether every page of the range is mapped (`msync(2)` with `MS_ASYNC`).
+    fn is_mapped(&self, start: usize, len: usize) -> Result<bool, Errno> {
+        mm::is_mapped(start, len)
     }
     /// `mbind(2)` with `MPOL_PREFERRED`.
     fn prefer_node(&self, start: usize, len: usize, node: u32) -> Result<(), Errno> {

@@ -292,6 +292,14 @@ impl Flights {
         waiters
     }
 
+    /// Nothing is mapped at `range`, or nothing of ours: no flight opens over it.
+    #[cfg(not(loom))]
+    pub(crate) fn note_unmapped(&self, range: Range<usize>) {
+        let _shared = self.gate.shared();
+        self.rare.lock().unmapped.push(range);
+        self.any_rare.store(true, R);
+    }
+
     /// Forgets what was unmapped and moved away within a range, and tells where to. Called when
     /// the move over the range ends.
     pub(crate) fn forget(&self, within: &Range<usize>) -> Vec<Range<usize>> {
@@ -301,7 +309,7 @@ impl Flights {
         let mut rare = self.rare.lock();
         let mut taken = Vec::new();
         rare.detours.retain(|d| {
-            let ours = overlap(&d.from, within);
+            let ours = overlap(&d.from, within) || overlap(&d.target(), within);
             if ours {
                 taken.push(d.target());
             }

@@ -123,18 +123,17 @@ impl Job {
         let modes = if live { Modes::MISSING | Modes::WP } else { Modes::MISSING };
         let mut armed = Armed { ctx: &self.ctx, ranges: Vec::with_capacity(blocks.len()) };
         for block in blocks {
-            let mut tries = 0;
-            loop {
-                match self.ctx.sys.register(&self.ctx.uffd, block.start, block.len(), modes) {
-                    Ok(()) => break,
-                    Err(Errno(libc::EAGAIN | libc::EINTR)) if tries < 64 => {
-                        back_off(tries);
-                        tries += 1;
-                    }
-                    Err(e) => return Err(e),
-                }
-            }
+            self.register(block, modes)?;
             armed.ranges.push(block.clone());
+            // What is not mapped now is not registered, and what is mapped there later is not
+            // ours: detach would take it, and nobody would wait at the hole.
+            if !matches!(self.ctx.sys.is_mapped(block.start, block.len()), Ok(true)) {
+                for gap in pageferry_sys::mm::gaps(block.clone())? {
+                    self.ctx.flights.note_unmapped(gap);
+                }
+                // Whatever came in between is registered now.
+                self.register(block, modes)?;
+            }
         }
         let workers = self.cpu.worker_cpu_time();
         let wish =
@@ -159,6 +158,19 @@ impl Job {
         // Moves that run at the same time share the workers, and see each other's time here.
         report.cpu.copy += self.cpu.worker_cpu_time().saturating_sub(workers);
         Ok(report)
+    }
+
+    fn register(&self, block: &Range<usize>, modes: Modes) -> Result<(), Errno> {
+        let mut tries = 0;
+        loop {
+            match self.ctx.sys.register(&self.ctx.uffd, block.start, block.len(), modes) {
+                Err(Errno(libc::EAGAIN | libc::EINTR)) if tries < 64 => {
+                    back_off(tries);
+                    tries += 1;
+                }
+                result => return result,
+            }
+        }
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

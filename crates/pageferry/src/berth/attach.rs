@@ -8,12 +8,16 @@ use super::{Berth, back_off, clear, set};
 use crate::flight::{MAX_PAGES, bit};
 use crate::report::{Outcome, Shortage};
 use crate::tally::Tally;
+use pageferry_sys::pagemap::{Categories, Run};
 use pageferry_sys::sched::Moment;
 use pageferry_sys::uffd::Progress;
 use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+/// [`back_off`] for somebody else's turn: half a millisecond.
+const BACK_OFF_LONG: u32 = 17;
 /// Tries of a way to put a page in before another is taken.
 const PLACE_TRIES: u32 = 64;
 
@@ -107,6 +111,8 @@ impl Berth<'_> {
                 Some(Errno(libc::EINVAL)) if end - page > done + 1 => {
                     limit = ((end - page) / 2).max(1);
                 }
+                // An event that the handler has not acted on yet may be the reason.
+                Some(_) if self.event_waits() => back_off(BACK_OFF_LONG),
                 Some(errno) => {
                     let insists = tries >= patience;
                     if self.place_otherwise(page, errno, keep, insists) {
@@ -124,6 +130,24 @@ impl Berth<'_> {
                 }
             }
         }
+    }
+
+    /// Whether the program has changed its mappings, and the handler has yet to act on it. Until
+    /// then the kernel answers `EAGAIN` to what is asked of any registered range, as a slot is.
+    fn event_waits(&self) -> bool {
+        let Some(extent) = &self.empties else { return false };
+        let asked = self.ctx.sys.unprotect(&self.ctx.uffd, extent.addr, page_size());
+        asked == Err(Errno(libc::EAGAIN))
+    }
+
+    /// Whether anything is at an address: a page, a swap entry, a guard marker.
+    fn is_taken(&self, addr: usize) -> bool {
+        let tells = Categories::from_bits_truncate(self.ctx.tells.load(Ordering::Relaxed));
+        let any = (Categories::PRESENT | Categories::SWAPPED | Categories::GUARD) & tells;
+        let mut runs = [Run::EMPTY; 1];
+        let end = addr + page_size();
+        let found = self.ctx.sys.scan(&self.ctx.pagemap, addr, end, any, any, &mut runs);
+        matches!(found, Ok((1, _)))
     }
 
     /// One call that brings pages in, under the gate; true if there was nothing to bring, because
@@ -171,6 +195,14 @@ impl Berth<'_> {
     fn place_otherwise(&mut self, page: usize, why: Errno, keep: bool, insists: bool) -> bool {
         let flight = self.flight.as_ref().expect("opened before attach");
         let home = self.ctx.flights.home_of(flight, self.addr(page));
+        if why == Errno(libc::EEXIST) && self.is_taken(home) {
+            // The program has put something there since it gave this page up. (A copy would
+            // replace a guard marker, which is one of these things.)
+            if insists {
+                self.settle(page..page + 1, Outcome::Gone, true, false);
+            }
+            return insists;
+        }
         let original = keep || self.kernel_copy;
         let src = if original { self.slot(page) } else { self.frame(page) };
         // SAFETY: the destination is the hole that this page left; the source is ours.
