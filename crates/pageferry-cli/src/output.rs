@@ -4,6 +4,7 @@
 //! it wanted: a broken pipe on stdout is success. Errors have three parts, what
 //! failed, because of what, and what to do; [`Problem`] carries them.
 
+use pageferry::BuildError;
 use std::fmt;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 
@@ -98,10 +99,27 @@ pub(crate) fn error(error: &anyhow::Error) -> Exit {
         report(&problem.what, Some(&problem.because), Some(&problem.remedy));
         return problem.exit;
     }
+    let what = error.to_string();
+    // A message that quotes its cause need not be followed by it.
     let causes: Vec<String> = error.chain().skip(1).map(ToString::to_string).collect();
+    let causes: Vec<String> = causes.into_iter().filter(|c| !what.contains(c.as_str())).collect();
     let because = (!causes.is_empty()).then(|| causes.join(": "));
-    report(&error.to_string(), because.as_deref(), None);
-    Exit::Failed
+    match error.chain().find_map(|cause| cause.downcast_ref::<BuildError>()) {
+        Some(BuildError::Kernel(_)) => {
+            let remedy = "unset the variable, or name one of these";
+            report(&what, because.as_deref(), Some(remedy));
+            Exit::Usage
+        }
+        Some(_) => {
+            let remedy = "`pageferry doctor` says what is missing and how to get it";
+            report(&what, because.as_deref(), Some(remedy));
+            Exit::Failed
+        }
+        None => {
+            report(&what, because.as_deref(), None);
+            Exit::Failed
+        }
+    }
 }
 
 /// Prints what clap has to say: help and version on stdout, errors in our form.

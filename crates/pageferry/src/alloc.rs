@@ -7,15 +7,12 @@
 
 use crate::region::Region;
 use allocator_api2::alloc::{AllocError, Allocator};
-use parking_lot::Mutex;
 use std::alloc::Layout;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Smallest block, in bytes; also the alignment of every block.
 const SMALLEST: usize = 16;
-/// Classes up to 2^47 bytes.
-const CLASSES: usize = 44 * 4;
 
 /// The class of a block of `bytes`, and the size of blocks of that class: the smallest of
 /// 2^k * {4, 5, 6, 7} / 4 that holds it, at most a quarter more than asked.
@@ -30,57 +27,49 @@ fn class_of(bytes: usize) -> (usize, usize) {
     ((octave - base) * 4 + steps, size.next_multiple_of(SMALLEST))
 }
 
-#[derive(Debug)]
-struct Heap {
+/// What is given out of a region and what is free. It belongs to the region, so that all allocators
+/// over one region share it.
+#[derive(Debug, Default)]
+pub(crate) struct Heap {
     /// Offset of the first byte never given out.
     top: usize,
+    /// Offsets of freed blocks, by class; as long as the largest class that was freed.
     free: Vec<Vec<usize>>,
     used: usize,
 }
 
-#[derive(Debug)]
-struct Shared {
-    region: Arc<Region>,
-    heap: Mutex<Heap>,
-}
-
 /// Allocates from a region: blocks in size classes, carved front to back, reused within their
-/// class. Its bookkeeping lies outside the region. Clones share one heap.
+/// class. Its bookkeeping lies outside the region. All allocators over one region share one heap.
 #[derive(Clone, Debug)]
 pub struct RegionAlloc {
-    shared: Arc<Shared>,
+    region: Arc<Region>,
 }
 
 impl RegionAlloc {
-    /// An allocator that has the whole region for itself.
-    ///
-    /// Everything allocated before through another `RegionAlloc` over the same region would be
-    /// given out again; so there must be only one over a region.
+    /// An allocator over the whole region.
     pub fn new(region: Arc<Region>) -> Self {
-        let free = (0..=CLASSES).map(|_| Vec::new()).collect();
-        let heap = Mutex::new(Heap { top: 0, free, used: 0 });
-        Self { shared: Arc::new(Shared { region, heap }) }
+        Self { region }
     }
 
     /// Bytes given out now, rounded up to their size classes.
     pub fn used_bytes(&self) -> usize {
-        self.shared.heap.lock().used
+        self.region.heap.lock().used
     }
 
     /// Bytes of the region that were ever given out: what lies beyond was never touched.
     pub fn high_water_bytes(&self) -> usize {
-        self.shared.heap.lock().top
+        self.region.heap.lock().top
     }
 
     /// The region behind it.
     pub fn region(&self) -> &Arc<Region> {
-        &self.shared.region
+        &self.region
     }
 }
 
 // SAFETY: blocks are disjoint (each offset is given out once until it is freed), stay valid while
 // any clone lives (the region is kept by an Arc and never unmapped before), and may be freed
-// through any clone, since clones share one heap. Moving pages changes neither addresses nor
+// through any allocator over the region, since they share its heap. Moving pages changes neither addresses nor
 // content.
 unsafe impl Allocator for RegionAlloc {
     fn allocate(&self, layout: Layout) -> Result<NonNull<[u8]>, AllocError> {
@@ -97,20 +86,22 @@ unsafe impl Allocator for RegionAlloc {
         } else {
             layout.size()
         };
-        if asked > self.shared.region.len() {
+        if asked > self.region.len() {
             return Err(AllocError);
         }
         let (class, size) = class_of(asked);
-        let mut heap = self.shared.heap.lock();
+        let mut heap = self.region.heap.lock();
         // A block freed by one alignment may serve another: only one that fits is taken.
-        let list = heap.free.get_mut(class).ok_or(AllocError)?;
-        let reused = list.iter().rposition(|o| o.is_multiple_of(layout.align()));
+        let reused = heap.free.get_mut(class).and_then(|list| {
+            let at = list.iter().rposition(|o| o.is_multiple_of(layout.align()))?;
+            Some(list.swap_remove(at))
+        });
         let offset = match reused {
-            Some(at) => list.swap_remove(at),
+            Some(offset) => offset,
             None => {
                 let offset = heap.top.next_multiple_of(layout.align().max(SMALLEST));
                 let end = offset.checked_add(size).ok_or(AllocError)?;
-                if end > self.shared.region.len() {
+                if end > self.region.len() {
                     return Err(AllocError);
                 }
                 heap.top = end;
@@ -119,7 +110,7 @@ unsafe impl Allocator for RegionAlloc {
         };
         heap.used += size;
         // SAFETY: `offset + size` lies within the region.
-        let start = unsafe { self.shared.region.as_ptr().add(offset) };
+        let start = unsafe { self.region.as_ptr().add(offset) };
         let start = NonNull::new(start).ok_or(AllocError)?;
         Ok(NonNull::slice_from_raw_parts(start, size))
     }
@@ -135,12 +126,13 @@ unsafe impl Allocator for RegionAlloc {
             layout.size()
         };
         let (class, size) = class_of(asked);
-        let offset = ptr.as_ptr().addr() - self.shared.region.addr();
-        let mut heap = self.shared.heap.lock();
+        let offset = ptr.as_ptr().addr() - self.region.addr();
+        let mut heap = self.region.heap.lock();
         heap.used -= size;
-        if let Some(list) = heap.free.get_mut(class) {
-            list.push(offset);
+        if heap.free.len() <= class {
+            heap.free.resize_with(class + 1, Vec::new);
         }
+        heap.free[class].push(offset);
     }
 }
 
@@ -155,7 +147,7 @@ mod tests {
             let (class, size) = class_of(bytes);
             prop_assert!(size >= bytes);
             prop_assert!(size <= (bytes + bytes / 4).max(SMALLEST).next_multiple_of(SMALLEST));
-            prop_assert!(class < CLASSES);
+            prop_assert!(class < 44 * 4);
             prop_assert_eq!(class_of(size).1, size);
         }
     }

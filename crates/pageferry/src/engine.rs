@@ -249,11 +249,11 @@ impl EngineBuilder {
         }
         let rights = if self.user_mode_only { Rights::UserModeOnly } else { Rights::Full };
         let uffd = Arc::new(open_descriptor(self.sys.as_ref(), rights)?);
-        let pagemap = Pagemap::open().map_err(BuildError::Pagemap)?;
+        let pagemap = Pagemap::open().map_err(no_pagemap)?;
         let nodes = machine.memory_nodes().map(|n| n.id.get()).collect();
         let config = PoolConfig { budget, grace: self.frame_grace, nodes };
-        let pools = Pools::new(Arc::clone(&self.sys), Arc::clone(&uffd), config)
-            .map_err(BuildError::Pagemap)?;
+        let pools =
+            Pools::new(Arc::clone(&self.sys), Arc::clone(&uffd), config).map_err(no_pagemap)?;
         let workers = WorkerPool::with_copiers(threads, &[])
             .map_err(|e| BuildError::Threads(e.to_string()))?;
         let workers = Arc::new(workers);
@@ -316,6 +316,15 @@ impl EngineBuilder {
         let gate: Weak<dyn fork::Quiesce> = Arc::downgrade(&ctx) as _;
         fork::register(gate);
         Ok(Engine { inner, _threads: Arc::new(threads) })
+    }
+}
+
+fn no_pagemap(errno: Errno) -> BuildError {
+    match errno {
+        Errno(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => {
+            BuildError::Resource { what: "opening /proc/self/pagemap", source: errno }
+        }
+        errno => BuildError::Pagemap(errno),
     }
 }
 
@@ -422,7 +431,8 @@ impl Engine {
     /// The range stays mapped, and private anonymous memory, until the region is dropped, but for
     /// parts that the program unmaps or replaces knowing that a move may then report them as
     /// [`Gone`](crate::Outcome::Gone). No other userfaultfd watches it. With [`IoPins::Never`], no
-    /// device is given access to it.
+    /// device is given access to it. If a [`RegionAlloc`](crate::RegionAlloc) is made over it, the
+    /// program uses it for nothing else.
     pub unsafe fn adopt(
         &self,
         start: *mut u8,

@@ -41,6 +41,9 @@ pub enum BuildError {
     /// Copy threads could not be started.
     #[error("copy threads could not be started: {0}")]
     Threads(String),
+    /// The environment names a copy kernel that does not exist here.
+    #[error("{0}")]
+    Kernel(#[source] pageferry_copy::CalibrateError),
     /// An option that makes no sense.
     #[error("{option} = {value}: {reason}")]
     Option {
@@ -75,7 +78,9 @@ pub enum RegionError {
         source: Errno,
     },
     /// A range is not within the region.
-    #[error("bytes {given:?} are not within the region's {len} bytes")]
+    #[error(
+        "bytes {given:?} are not within the region's {len} bytes: give bytes from the region's start"
+    )]
     Foreign {
         /// The range, in bytes from the region's start.
         given: Range<usize>,
@@ -103,7 +108,9 @@ pub enum MigrateError {
         page: usize,
     },
     /// A range is not within the region.
-    #[error("bytes {given:?} are not within the region's {len} bytes")]
+    #[error(
+        "bytes {given:?} are not within the region's {len} bytes: give bytes from the region's start"
+    )]
     Foreign {
         /// The range, in bytes from the region's start.
         given: Range<usize>,

@@ -13,8 +13,7 @@ use std::sync::atomic::Ordering;
 
 /// The copy kernel that measures best on this machine with the threads there are.
 pub(crate) fn best_kernel(workers: &Arc<WorkerPool>) -> Result<Kernel, BuildError> {
-    let measured = calibrate(&CalibrateOptions::default(), workers)
-        .map_err(|e| BuildError::Threads(e.to_string()))?;
+    let measured = calibrate(&CalibrateOptions::default(), workers).map_err(BuildError::Kernel)?;
     Ok(if workers.helpers() == 0 { measured.one } else { measured.all })
 }
 

@@ -4,6 +4,7 @@
 //! `munmap` and `fork` cost what they always cost. Only while a move runs are the 2 MiB blocks
 //! that it touches watched by the engine's userfaultfd.
 
+use crate::alloc::Heap;
 use crate::engine::Engine;
 use crate::error::RegionError;
 use crate::request::Part;
@@ -12,6 +13,7 @@ use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Run};
 use pageferry_sys::{Errno, page_size};
 use pageferry_topology::NodeId;
+use parking_lot::Mutex;
 use serde::Serialize;
 use std::ops::Range;
 use std::sync::Arc;
@@ -110,6 +112,7 @@ impl RegionBuilder {
             own_policy: self.prefer.is_some(),
             owned: true,
             gone: Arc::default(),
+            heap: Mutex::default(),
         };
         if let Some(node) = self.prefer {
             sys.prefer_node(start, len, node.get()).map_err(kernel("setting its memory policy"))?;
@@ -132,6 +135,8 @@ pub struct Region {
     owned: bool,
     /// Set when it is dropped: what is asked of it later finds somebody else's memory.
     pub(crate) gone: Arc<AtomicBool>,
+    /// What `RegionAlloc` has given out of it.
+    pub(crate) heap: Mutex<Heap>,
 }
 
 impl Region {
@@ -155,6 +160,7 @@ impl Region {
             own_policy: true,
             owned: false,
             gone: Arc::default(),
+            heap: Mutex::default(),
         })
     }
 

@@ -160,7 +160,8 @@ pub enum Division {
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Report {
-    /// Every page asked for, in ascending order; neighbours of one outcome are joined.
+    /// Every page asked for, by its address (not its offset in the region), in ascending order;
+    /// neighbours of one outcome are joined. Not serialized: see [`Report::by_outcome`].
     #[serde(skip)]
     pub pages: Vec<(Range<usize>, Outcome)>,
     /// Bytes moved.

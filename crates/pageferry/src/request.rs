@@ -400,7 +400,8 @@ pub struct Progress {
     pub bytes_total: u64,
 }
 
-/// A move under way. It is a future of its report; dropped, the move goes on.
+/// A move under way. It is a future of its report, which it gives once: polled again after that, it
+/// panics. Dropped, the move goes on.
 #[derive(Debug)]
 pub struct Handle {
     shared: Arc<Shared>,
@@ -453,6 +454,7 @@ impl Future for Handle {
         if let Some(result) = state.result.take() {
             return Poll::Ready(result);
         }
+        assert!(!state.done, "a handle gives its report once");
         state.waker = Some(cx.waker().clone());
         Poll::Pending
     }
