@@ -185,7 +185,7 @@ impl Plan {
         let chosen = ordered.filter(|s| args.only.is_empty() || args.only.contains(s)).collect();
         let (rounds, target, singles) = match mode {
             Mode::Smoke => (1, 1, 3),
-            Mode::Quick => (5, 30, 60),
+            Mode::Quick => (5, 60, 60),
             Mode::Full => (9, 120, 200),
         };
         let kib = |sizes: &[usize]| sizes.iter().map(|kib| kib << 10).collect::<Vec<_>>();
