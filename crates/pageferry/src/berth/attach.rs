@@ -8,7 +8,7 @@ use super::{Berth, back_off, clear, set};
 use crate::flight::{MAX_PAGES, bit};
 use crate::report::{Outcome, Shortage};
 use crate::tally::Tally;
-use pageferry_sys::pagemap::{Categories, Run};
+use pageferry_sys::pagemap::Categories;
 use pageferry_sys::sched::Moment;
 use pageferry_sys::uffd::Progress;
 use pageferry_sys::{Errno, page_size};
@@ -23,8 +23,8 @@ const PLACE_TRIES: u32 = 64;
 
 impl Berth<'_> {
     /// Step 6: puts the new pages in (the originals where copying failed). When this returns, no
-    /// page of the piece is out.
-    /// Returns how long the hole lasted.
+    /// page of the piece is out. Returns how long the hole lasted, without what this thread was off
+    /// its CPU in the call that closed it.
     pub(crate) fn attach(&mut self, piece: Range<usize>, tally: &mut Tally) -> Duration {
         // Where the kernel allocates, this thread's policy decides on which node.
         let one_node = self.ctx.pools.has_one_node();
@@ -144,10 +144,7 @@ impl Berth<'_> {
     fn is_taken(&self, addr: usize) -> bool {
         let tells = Categories::from_bits_truncate(self.ctx.tells.load(Ordering::Relaxed));
         let any = (Categories::PRESENT | Categories::SWAPPED | Categories::GUARD) & tells;
-        let mut runs = [Run::EMPTY; 1];
-        let end = addr + page_size();
-        let found = self.ctx.sys.scan(&self.ctx.pagemap, addr, end, any, any, &mut runs);
-        matches!(found, Ok((1, _)))
+        self.look(addr, any) == Some(true)
     }
 
     /// One call that brings pages in, under the gate; true if there was nothing to bring, because

@@ -312,11 +312,15 @@ impl<'c> Berth<'c> {
     }
 
     fn is_missing(&self, page: usize) -> bool {
-        let want = Categories::PRESENT | Categories::SWAPPED;
+        self.look(page, Categories::PRESENT | Categories::SWAPPED) == Some(false)
+    }
+
+    /// Whether a page has any of these properties; `None` without an answer.
+    fn look(&self, page: usize, any: Categories) -> Option<bool> {
         let mut runs = [Run::EMPTY; 1];
         let end = page + page_size();
-        let found = self.ctx.sys.scan(&self.ctx.pagemap, page, end, want, want, &mut runs);
-        matches!(found, Ok((0, _)))
+        let found = self.ctx.sys.scan(&self.ctx.pagemap, page, end, any, any, &mut runs);
+        found.ok().map(|(count, _)| count > 0)
     }
 
     /// Puts every original back that is still out. Also the way out of a panic.
