@@ -12,6 +12,7 @@
 //! - Calls that change what is mapped somewhere are `unsafe`: the caller promises that the range
 //!   is under its control.
 
+pub mod affinity;
 pub mod cgroup;
 mod errno;
 pub mod fork;

@@ -104,25 +104,6 @@ fn kib_line(text: &str, key: &str) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// Lets the calling thread, and the threads that it starts later, run on these CPUs only.
-///
-/// # Errors
-/// `EINVAL`: none of the CPUs is online and allowed, or a number is beyond what `cpu_set_t` names.
-pub fn pin_thread(cpus: &[u32]) -> Result<(), Errno> {
-    // SAFETY: an all-zero cpu_set_t is a valid, empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for &cpu in cpus {
-        if i64::from(cpu) >= i64::from(libc::CPU_SETSIZE) {
-            return Err(Errno(libc::EINVAL));
-        }
-        // SAFETY: the index is below CPU_SETSIZE.
-        unsafe { libc::CPU_SET(cpu as usize, &mut set) };
-    }
-    // SAFETY: the kernel reads the set, of the size given; 0 is the calling thread.
-    let ret = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) };
-    Errno::result(ret.into()).map(drop)
-}
-
 /// `MPOL_MF_MOVE`, include/uapi/linux/mempolicy.h: pages that only this process maps.
 const MPOL_MF_MOVE: i32 = 1 << 1;
 
@@ -175,22 +156,6 @@ mod tests {
         let used = Usage::of_process().since(&before);
         assert!(used.minor_faults > 0, "{used:?} after touching {} bytes", pages.len());
         assert_eq!(before.since(&Usage::of_process()).minor_faults, 0);
-    }
-
-    #[test]
-    fn a_pinned_thread_runs_on_its_cpu_only_and_others_are_not_touched() {
-        let before = crate::sched::allowed_cpus();
-        let Some(&first) = before.first() else {
-            eprintln!("skipped: the kernel does not tell the allowed CPUs");
-            return;
-        };
-        let seen = std::thread::spawn(move || {
-            pin_thread(&[first]).expect("an allowed CPU");
-            crate::sched::allowed_cpus()
-        });
-        assert_eq!(seen.join().expect("thread"), [first]);
-        assert_eq!(crate::sched::allowed_cpus(), before);
-        assert_eq!(pin_thread(&[u32::MAX]), Err(Errno(libc::EINVAL)));
     }
 
     #[test]

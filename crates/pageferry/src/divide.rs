@@ -67,20 +67,19 @@ impl Running<'_> {
             let huge = self.last_huge.load(Ordering::Relaxed);
             let size = if huge { FolioSize::Huge } else { FolioSize::Base };
             let alone = self.job.control.total <= ALONE && self.wish.division.is_none();
+            let busy = pageferry_sys::sched::runnable() > usable_cpus();
             let (division, bytes) = match &self.job.engine {
                 Some(_) => (Division::Conducted, usize::MAX),
                 None if alone => (Division::Shared, usize::MAX),
-                None => {
-                    let busy = pageferry_sys::sched::runnable() > usable_cpus();
-                    ctx.policy.division(size, &self.wish, busy)
-                }
+                None => ctx.policy.division(size, &self.wish, busy),
             };
+            let alone = alone || (busy && self.wish.division.is_none());
             self.quota.store(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
             let before = self.job.control.done.load(Ordering::Relaxed);
             let started = Instant::now();
             match division {
                 Division::Conducted => self.conducted(),
-                Division::Shared if self.job.control.total <= ALONE => self.lane(),
+                Division::Shared if alone => self.lane(),
                 Division::Shared => self.shared(),
             }
             let moved = self.job.control.done.load(Ordering::Relaxed) - before;
@@ -99,7 +98,13 @@ impl Running<'_> {
             return None;
         }
         let segment = {
-            let mut planner = self.planner.lock();
+            // A look takes about 10 us: less than to sleep and be woken.
+            let mut planner = None;
+            spin_until(|| {
+                planner = self.planner.try_lock();
+                planner.is_some()
+            });
+            let mut planner = planner.unwrap_or_else(|| self.planner.lock());
             planner.try_again(tally.again.drain(..));
             planner.next(&self.job.ctx, limit, tally)
         };
@@ -441,7 +446,7 @@ impl Running<'_> {
 /// How long waiting spins before it sleeps: about what a wake-up costs.
 const SPIN: Duration = Duration::from_micros(30);
 
-fn spin_until(done: impl Fn() -> bool) -> bool {
+fn spin_until(mut done: impl FnMut() -> bool) -> bool {
     if usable_cpus() < 2 {
         return done();
     }

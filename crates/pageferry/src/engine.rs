@@ -14,7 +14,7 @@ use crate::{handler, probe};
 use pageferry_copy::{CpuEngine, Kernel, WorkerPool};
 use pageferry_sys::pagemap::Pagemap;
 use pageferry_sys::uffd::{Features, Rights, Signal, Uffd};
-use pageferry_sys::{Errno, Linux, Sys, fork, page_size, sched};
+use pageferry_sys::{Errno, Linux, Sys, affinity, fork, page_size};
 use pageferry_topology::{Machine, NodeId};
 use parking_lot::{Condvar, Mutex};
 use serde::Serialize;
@@ -35,7 +35,7 @@ pub(crate) fn usable_cpus() -> usize {
     // Relaxed: the same value whoever computes it.
     match COUNT.load(Ordering::Relaxed) {
         0 => {
-            let n = sched::allowed_cpus().len().max(1);
+            let n = affinity::allowed_cpus().len().max(1);
             COUNT.store(n, Ordering::Relaxed);
             n
         }

@@ -15,8 +15,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-/// Address space that is looked at in one go: at first one block, so that the first batch is soon
-/// on its way, then twice as much each time.
+/// Address space that is looked at in one go: one block, so that the others who want a segment do
+/// not wait long; where nothing is found, twice as much each time.
 const WINDOW: Range<usize> = HUGE..32 << 20;
 /// Runs that one look returns at most.
 const RUNS: usize = 512;
@@ -192,9 +192,11 @@ impl Planner {
             }
             // Windows end at block boundaries, so that no huge page is seen in part.
             let end = ((start + cursor.window) & !(HUGE - 1)).min(range.end);
-            cursor.window = (cursor.window * 2).min(WINDOW.end);
             let ended = self.look_at(ctx, turn, start..end, tally);
-            self.cursors[turn].looked = ended;
+            let cursor = &mut self.cursors[turn];
+            cursor.looked = ended;
+            cursor.window = if cursor.ready.is_empty() { cursor.window * 2 } else { 0 }
+                .clamp(WINDOW.start, WINDOW.end);
         }
     }
 

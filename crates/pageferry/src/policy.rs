@@ -218,7 +218,7 @@ impl Policy {
             return (division, usize::MAX);
         }
         if busy {
-            return (Division::Shared, STRETCH);
+            return (Division::Shared, TRIAL);
         }
         let costs = self.of(size);
         let [conducted, shared] = [costs.speed[0].get(), costs.speed[1].get()];

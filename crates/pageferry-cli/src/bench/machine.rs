@@ -3,7 +3,7 @@
 use std::fs;
 
 use pageferry::Engine;
-use pageferry_sys::sched;
+use pageferry_sys::affinity;
 
 use super::schema::MachineInfo;
 
@@ -12,7 +12,7 @@ pub(super) fn describe(engine: &Engine) -> MachineInfo {
     let machine = engine.machine();
     MachineInfo {
         cpu_model: machine.cpu_model().unwrap_or("unknown").to_owned(),
-        cpus: sched::allowed_cpus().len(),
+        cpus: affinity::allowed_cpus().len(),
         nodes: machine.memory_nodes().count(),
         kernel: line("/proc/sys/kernel/osrelease"),
         memory_bytes: machine.memory_nodes().map(|node| node.memory_bytes).sum(),

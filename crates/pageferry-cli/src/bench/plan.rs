@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use pageferry_sys::{cgroup, sched, usage};
+use pageferry_sys::{affinity, cgroup, usage};
 
 use crate::output::Problem;
 use crate::topology::size as human;
@@ -164,7 +164,7 @@ impl Plan {
             (false, true) => Mode::Quick,
             (false, false) => Mode::Full,
         };
-        let cpus = sched::allowed_cpus();
+        let cpus = affinity::allowed_cpus();
         let region = region(mode, args.size, free())?;
         let seconds = args.seconds.unwrap_or(match mode {
             Mode::Smoke => 0.01,

@@ -9,7 +9,7 @@ use std::thread;
 
 use anyhow::Context as _;
 use pageferry::{Engine, FolioSize, Frames, Order};
-use pageferry_sys::usage;
+use pageferry_sys::affinity::CpuSet;
 
 use super::config::{Config, Extent, MoveCase};
 use super::content::Content;
@@ -83,7 +83,7 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
 /// Pins this thread, and so the threads of the engine that it builds, to the first CPU.
 fn on_one_cpu(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> {
     let first = lab.plan.cpus.first().copied().unwrap_or(0);
-    usage::pin_thread(&[first]).context("cannot pin a thread to one CPU")?;
+    CpuSet::from_iter([first]).apply(0).context("cannot pin a thread to one CPU")?;
     let engine = lab::build_with(|builder| builder.threads(1).idle_release(lab::KEEP_FRAMES))?;
     let fields = fields(lab, &engine, Content { threads: 1, ..lab.content })?;
     let cases = pairs(lab, &fields, ("one_cpu", "one_cpu_sequential"), false);

@@ -1,13 +1,13 @@
 //! CPUs: which may be used, how much of them, and what they copy with.
 
-use pageferry_sys::sched;
+use pageferry_sys::affinity;
 use pageferry_topology::{CpuId, CpuList};
 
 use super::Check;
 use super::host::{Capability, Host};
 
 pub(super) fn checks(host: &Host) -> Vec<Check> {
-    let allowed = sched::allowed_cpus();
+    let allowed = affinity::allowed_cpus();
     vec![copying(), available(&allowed), quota(host, allowed.len()), counters(host)]
 }
 

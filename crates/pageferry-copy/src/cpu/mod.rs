@@ -21,6 +21,8 @@ use std::{
     time::Duration,
 };
 
+use pageferry_sys::sched::thread_cpu_ns;
+
 use crate::{
     batch::CopyBatch,
     engine::{Capabilities, Completion, CopyEngine, SubmitError},
@@ -35,6 +37,7 @@ pub mod calibrate;
 mod guard;
 pub mod kernel;
 pub mod pool;
+mod rest;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -313,14 +316,6 @@ impl Queue {
             index += 1;
         }
     }
-}
-
-/// CPU time of the calling thread, in ns.
-fn thread_cpu_ns() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: clock_gettime writes the timespec it is given.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    u64::try_from(time.tv_sec * 1_000_000_000 + time.tv_nsec).unwrap_or(0)
 }
 
 /// Reports bytes `from.1 .. end` of a batch as copied; `from.0` is their first operation.

@@ -30,6 +30,7 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
+use super::rest::{IDLE, Rest};
 use crate::spin::{Spinner, cpus};
 
 /// Why a pool could not be made.
@@ -96,15 +97,14 @@ struct Job {
 struct State {
     jobs: VecDeque<Job>,
     next_id: u64,
-    /// Threads asleep.
-    sleeping: usize,
+    rest: Rest,
     stop: bool,
 }
 
 struct Shared {
     state: Mutex<State>,
-    /// Threads sleep here until there is a seat.
-    work: Condvar,
+    /// Each thread sleeps at its own until it is called.
+    bells: Vec<Condvar>,
     /// Callers of `run` sleep here until their last helper has left.
     left: Condvar,
     /// Changes with every new job, for threads that spin.
@@ -151,8 +151,12 @@ impl WorkerPool {
         });
         let count = copiers.saturating_sub(1);
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { jobs: VecDeque::with_capacity(32), ..State::default() }),
-            work: Condvar::new(),
+            state: Mutex::new(State {
+                jobs: VecDeque::with_capacity(32),
+                rest: Rest::with_capacity(count),
+                ..State::default()
+            }),
+            bells: (0..count).map(|_| Condvar::new()).collect(),
             left: Condvar::new(),
             news: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
@@ -231,7 +235,7 @@ impl Drop for WorkerPool {
         }
         self.shared.stop.store(true, Ordering::Release);
         self.shared.lock().stop = true;
-        self.shared.work.notify_all();
+        self.shared.bells.iter().for_each(Condvar::notify_all);
         // SAFETY: neither is used again; drop runs once.
         let (threads, shared) = unsafe {
             (ManuallyDrop::take(&mut self.threads), ManuallyDrop::take(&mut self.shared))
@@ -295,12 +299,14 @@ impl Shared {
         self.wake(state, wanted);
     }
 
+    /// Wakes up to `wanted` threads; the lock is free while it rings for each.
     fn wake(&self, state: MutexGuard<'_, State>, wanted: usize) {
-        let asleep = state.sleeping;
         self.news.fetch_add(1, Ordering::Release);
-        drop(state);
-        for _ in 0..wanted.min(asleep) {
-            self.work.notify_one();
+        let mut state = Some(state);
+        for _ in 0..wanted {
+            let called = state.take().unwrap_or_else(|| self.lock()).rest.call();
+            let Some(index) = called else { return };
+            self.bells[index].notify_one();
         }
     }
 
@@ -321,11 +327,12 @@ impl Shared {
     /// The life of a pool thread.
     fn thread(&self) {
         let mut state = self.lock();
+        let index = state.rest.enrol();
         while !state.stop {
             let best =
                 (state.jobs.iter_mut()).filter(|job| job.seats > 0).min_by_key(|job| job.inside);
             let Some(job) = best else {
-                state = self.idle(state);
+                state = self.idle(state, index);
                 continue;
             };
             job.seats -= 1;
@@ -380,7 +387,7 @@ impl Shared {
     }
 
     /// Spins for news, then sleeps until there is some.
-    fn idle<'a>(&'a self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    fn idle<'a>(&'a self, state: MutexGuard<'a, State>, index: usize) -> MutexGuard<'a, State> {
         let news = self.news.load(Ordering::Acquire);
         drop(state);
         let mut spinner = Spinner::new();
@@ -391,9 +398,16 @@ impl Shared {
         }
         let mut state = self.lock();
         if self.news.load(Ordering::Acquire) == news && !state.stop {
-            state.sleeping += 1;
-            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-            state.sleeping -= 1;
+            state.rest.sleep(index);
+            let bell = &self.bells[index];
+            let on = |state: &mut State| state.rest.is_asleep(index) && !state.stop;
+            let slept = bell.wait_timeout_while(state, IDLE, on);
+            state = slept.unwrap_or_else(PoisonError::into_inner).0;
+            if on(&mut state) {
+                state.rest.widen(index);
+                state = bell.wait_while(state, on).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.rest.wake(index);
         }
         state
     }
