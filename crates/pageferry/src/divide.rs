@@ -9,7 +9,7 @@ use crate::berth::Berth;
 use crate::engine::usable_cpus;
 use crate::job::{Frames, Job};
 use crate::plan::{Planner, Segment};
-use crate::policy::{Choice, MAX_WINDOW, Wish};
+use crate::policy::{Choice, MAX_WINDOW, STRETCH, TRIAL, Wish};
 use crate::pool::Source;
 use crate::report::{Division, Order, Report};
 use crate::tally::{Phase, Tally};
@@ -66,14 +66,18 @@ impl Running<'_> {
         loop {
             let huge = self.last_huge.load(Ordering::Relaxed);
             let size = if huge { FolioSize::Huge } else { FolioSize::Base };
-            let alone = self.job.control.total <= ALONE && self.wish.division.is_none();
-            let busy = pageferry_sys::sched::runnable() > usable_cpus();
+            let small = self.job.control.total <= ALONE;
+            let ours = self.job.engine.is_none() && self.wish.division.is_none();
+            // Where more threads want to run than there are CPUs, a helper takes its time from the
+            // program, and holes stay open while somebody waits for a CPU.
+            let alone = small || ours && pageferry_sys::sched::runnable() > usable_cpus();
             let (division, bytes) = match &self.job.engine {
                 Some(_) => (Division::Conducted, usize::MAX),
-                None if alone => (Division::Shared, usize::MAX),
-                None => ctx.policy.division(size, &self.wish, busy),
+                None if ours && alone => (Division::Shared, TRIAL),
+                // Zeroing frames is the most of it, and a conductor would do that alone.
+                None if ours && self.job.frames == Frames::Fresh => (Division::Shared, STRETCH),
+                None => ctx.policy.division(size, &self.wish),
             };
-            let alone = alone || (busy && self.wish.division.is_none());
             self.quota.store(i64::try_from(bytes).unwrap_or(i64::MAX), Ordering::Relaxed);
             let before = self.job.control.done.load(Ordering::Relaxed);
             let started = Instant::now();
@@ -83,7 +87,9 @@ impl Running<'_> {
                 Division::Shared => self.shared(),
             }
             let moved = self.job.control.done.load(Ordering::Relaxed) - before;
-            ctx.policy.saw_division(size, division, moved, started.elapsed());
+            if !alone {
+                ctx.policy.saw_division(size, division, moved, started.elapsed());
+            }
             // Participants leave when nothing is left to give out; a second try may have come in
             // after that.
             if self.job.is_cancelled() || self.planner.lock().is_finished() {

@@ -24,10 +24,11 @@ use std::time::Duration;
 /// anyway.
 pub const DEFAULT_STALL_BUDGET: Duration = Duration::from_millis(2);
 
-/// Bytes moved by one division before the other is tried, while neither is known.
-const TRIAL: usize = 16 << 20;
+/// Bytes moved by one division before the other is tried, while neither is known; and on a busy
+/// machine, before the load is looked at again.
+pub(crate) const TRIAL: usize = 16 << 20;
 /// Bytes moved by the division that measured best before the measurement is looked at again.
-const STRETCH: usize = 256 << 20;
+pub(crate) const STRETCH: usize = 256 << 20;
 /// After so many stretches the other division gets a trial: the load may have changed.
 const LOOK_AGAIN: u32 = 16;
 
@@ -207,18 +208,12 @@ impl Policy {
     }
 
     /// Which division to use for the next stretch, and for how many bytes.
-    ///
-    /// On a busy machine (more threads want to run than there are CPUs) the shared one: a
-    /// conductor would wait, with its holes open, for a copier that has lost its CPU.
-    pub(crate) fn division(&self, size: FolioSize, wish: &Wish, busy: bool) -> (Division, usize) {
+    pub(crate) fn division(&self, size: FolioSize, wish: &Wish) -> (Division, usize) {
         if wish.threads <= 1 {
             return (Division::Shared, usize::MAX);
         }
         if let Some(division) = wish.division {
             return (division, usize::MAX);
-        }
-        if busy {
-            return (Division::Shared, TRIAL);
         }
         let costs = self.of(size);
         let [conducted, shared] = [costs.speed[0].get(), costs.speed[1].get()];
@@ -294,13 +289,12 @@ mod tests {
         let policy = Policy::new();
         let wish = wish(DEFAULT_STALL_BUDGET);
         let size = FolioSize::Base;
-        assert_eq!(policy.division(size, &wish, false).0, Division::Conducted);
+        assert_eq!(policy.division(size, &wish).0, Division::Conducted);
         policy.saw_division(size, Division::Conducted, 1 << 30, Duration::from_millis(100));
-        assert_eq!(policy.division(size, &wish, false).0, Division::Shared);
+        assert_eq!(policy.division(size, &wish).0, Division::Shared);
         policy.saw_division(size, Division::Shared, 1 << 30, Duration::from_millis(60));
-        assert_eq!(policy.division(size, &wish, false).0, Division::Shared);
+        assert_eq!(policy.division(size, &wish).0, Division::Shared);
         policy.saw_division(size, Division::Conducted, 1 << 40, Duration::from_secs(1));
-        assert_eq!(policy.division(size, &wish, true).0, Division::Shared);
-        assert_eq!(policy.division(size, &Wish { threads: 1, ..wish }, false).0, Division::Shared);
+        assert_eq!(policy.division(size, &Wish { threads: 1, ..wish }).0, Division::Shared);
     }
 }
