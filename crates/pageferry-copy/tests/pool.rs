@@ -7,9 +7,11 @@ use std::{
         Arc, Barrier, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use pageferry_copy::{PoolError, WorkerPool};
+use pageferry_sys::affinity::{CpuSet, current_cpu};
 
 fn pool(copiers: usize) -> WorkerPool {
     WorkerPool::with_copiers(copiers, &[]).expect("threads can be started")
@@ -157,4 +159,53 @@ fn in_the_child_of_a_fork_the_pool_works_alone_and_drops_without_hanging() {
     // SAFETY: our own child, and a place for its status.
     assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
     assert_eq!(status, 0);
+}
+
+/// On kernels that wake a thread near its waker, a helper that once slept on its caller's CPU
+/// would wait there for ever.
+#[test]
+fn a_helper_wakes_where_its_caller_does_not_run_and_may_roam_again_later() {
+    let all = CpuSet::of_thread(0).expect("the calling thread is there");
+    let mut cpus = all.iter();
+    let (Some(one), Some(other)) = (cpus.next(), cpus.next()) else {
+        eprintln!("skipped: one CPU");
+        return;
+    };
+    // The pool's threads are started first: they may run everywhere.
+    let pool = pool(2);
+    let (tries, mut elsewhere) = (20, 0);
+    for i in 0..tries {
+        // Where the helper slept the last time, if there are only two.
+        let ours = if i % 2 == 0 { one } else { other };
+        CpuSet::from_iter([ours]).apply(0).expect("it is allowed");
+        std::thread::sleep(Duration::from_millis(2));
+        let woke_on = AtomicUsize::new(usize::MAX);
+        pool.run(1, &|number| {
+            if number == 1 {
+                let cpu = current_cpu().expect("a CPU");
+                woke_on.store(cpu as usize, Ordering::Release);
+            }
+            // The caller does not sleep: on its CPU the helper would wait for its turn.
+            while woke_on.load(Ordering::Acquire) == usize::MAX {
+                std::hint::spin_loop();
+            }
+        });
+        elsewhere += usize::from(woke_on.into_inner() != ours as usize);
+    }
+    // Other programs may make the scheduler think otherwise now and then.
+    assert!(elsewhere > tries / 2, "{elsewhere} of {tries} times on another CPU");
+
+    std::thread::sleep(Duration::from_millis(300));
+    let set = Mutex::new(None);
+    let entered = Barrier::new(2);
+    pool.run(1, &|number| {
+        entered.wait();
+        if number == 1 {
+            *set.lock().expect("nobody panics") = CpuSet::of_thread(0).ok();
+        }
+    });
+    // It was given back while the helper slept; this call narrowed it anew, by the caller's CPU.
+    let set = set.into_inner().expect("nobody panics").expect("it is there");
+    let last = CpuSet::from_iter([if tries % 2 == 0 { other } else { one }]);
+    assert_eq!(set, all.without(&last));
 }

@@ -89,9 +89,6 @@ impl Rest {
 impl Thread {
     /// Keeps a sleeping thread off CPUs, if it may run on others.
     fn keep_off(&mut self, taken: &CpuSet) {
-        if self.narrowed.is_some_and(|(_, now)| now.without(taken) == now) {
-            return;
-        }
         let Ok(now) = CpuSet::of_thread(self.tid) else { return };
         // Its own set is what it had when it was first narrowed, or what somebody set since.
         let own = self.narrowed.filter(|(_, set)| *set == now).map_or(now, |(own, _)| own);
