@@ -19,6 +19,7 @@ pub mod fork;
 pub mod inject;
 pub mod mm;
 pub mod pagemap;
+pub mod peer;
 pub mod sched;
 mod sys;
 pub mod uffd;

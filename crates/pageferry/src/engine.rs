@@ -1,6 +1,7 @@
 //! The engine: one per process, shared by its regions and moves.
 
 use crate::context::Context;
+use crate::control::{ListenError, Listener};
 use crate::error::{BuildError, RegionError};
 use crate::flight::{Flights, MAX_PAGES};
 use crate::job::Control;
@@ -73,6 +74,8 @@ pub(crate) struct Inner {
     pub(crate) rights: Rights,
     pub(crate) cpu: Arc<CpuEngine>,
     pub(crate) threads: usize,
+    /// Of each region that is there: all of it.
+    pub(crate) regions: Mutex<Vec<Part>>,
     pub(crate) claims: Mutex<Vec<Claim>>,
     pub(crate) released: Condvar,
     pub(crate) moves: AtomicU64,
@@ -281,6 +284,7 @@ impl EngineBuilder {
             rights,
             cpu,
             threads,
+            regions: Mutex::default(),
             claims: Mutex::default(),
             released: Condvar::new(),
             moves: AtomicU64::new(0),
@@ -451,6 +455,15 @@ impl Engine {
     /// that each uses the frames that the other leaves and no memory is allocated.
     pub fn exchange(&self, one: Part, other: Part) -> Move {
         Move::new(self.clone(), vec![one, other])
+    }
+
+    /// Lets this program be asked to move its regions, by its own user and by root, while the
+    /// listener is there. See [`control`](crate::control).
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub fn listen(&self) -> Result<Listener, ListenError> {
+        Listener::new(self.clone())
     }
 
     /// What the engine has and has done.

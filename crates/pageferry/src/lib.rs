@@ -42,6 +42,8 @@ mod berth;
 #[cfg(not(loom))]
 mod context;
 #[cfg(not(loom))]
+pub mod control;
+#[cfg(not(loom))]
 mod divide;
 #[cfg(not(loom))]
 mod engine;

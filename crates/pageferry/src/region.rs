@@ -118,6 +118,7 @@ impl RegionBuilder {
             sys.prefer_node(start, len, node.get()).map_err(kernel("setting its memory policy"))?;
         }
         region.advise(0..len, self.folios)?;
+        region.enrol();
         Ok(region)
     }
 }
@@ -152,7 +153,7 @@ impl Region {
         if !start.is_multiple_of(page_size()) || !len.is_multiple_of(page_size()) {
             return Err(RegionError::Unaligned(start..end));
         }
-        Ok(Self {
+        let region = Self {
             engine,
             start,
             len,
@@ -161,7 +162,15 @@ impl Region {
             owned: false,
             gone: Arc::default(),
             heap: Mutex::default(),
-        })
+        };
+        region.enrol();
+        Ok(region)
+    }
+
+    /// The engine knows of it from now on, until it is dropped.
+    fn enrol(&self) {
+        let part = Part::new(self, NodeId::new(0));
+        self.engine.inner.regions.lock().push(part);
     }
 
     /// Its first byte. What is behind it moves, the address does not.
@@ -225,58 +234,70 @@ impl Region {
     /// # Errors
     /// What the kernel says.
     pub fn residency(&self) -> Result<Vec<Residency>, RegionError> {
-        let ctx = &self.engine.inner.ctx;
-        let kernel = |what| move |source: Errno| RegionError::Kernel { what, source };
         let mut found: Vec<Residency> = Vec::new();
-        let mut runs = [Run::EMPTY; 256];
-        let (want, end) = (Categories::PRESENT, self.start + self.len);
-        let mut at = self.start;
-        let (mut pages, mut nodes) = (Vec::new(), Vec::new());
-        while at < end {
-            let keep = want | Categories::HUGE | Categories::PFN_ZERO;
-            let (count, ended) = ctx
-                .sys
-                .scan(&ctx.pagemap, at, end, want, keep, &mut runs)
-                .map_err(kernel("scanning the page table"))?;
-            for run in &runs[..count] {
-                if run.categories().contains(Categories::PFN_ZERO) {
-                    continue;
-                }
-                let is_huge = run.categories().contains(Categories::HUGE);
-                let folio = if is_huge { FolioSize::Huge } else { FolioSize::Base };
-                let address = |v: u64| usize::try_from(v).unwrap_or(end).min(end);
-                pages.clear();
-                pages.extend((address(run.start)..address(run.end)).step_by(folio.bytes()));
-                nodes.clear();
-                nodes.resize(pages.len(), -1);
-                if let Some(only) = self.engine.only_node() {
-                    nodes.fill(i32::try_from(only.get()).unwrap_or(-1));
-                } else {
-                    ctx.sys.page_nodes(&pages, &mut nodes).map_err(kernel("asking for nodes"))?;
-                }
-                for node in nodes.iter().filter_map(|n| u32::try_from(*n).ok()) {
-                    let node = NodeId::new(node);
-                    let bytes = folio.bytes() as u64;
-                    match found.iter_mut().find(|r| r.node == node && r.folio == folio) {
-                        Some(residency) => residency.bytes += bytes,
-                        None => found.push(Residency { node, folio, bytes }),
-                    }
-                }
+        look(&self.engine, self.addresses(), |_, node, folio| {
+            let bytes = folio.bytes() as u64;
+            match found.iter_mut().find(|r| r.node == node && r.folio == folio) {
+                Some(residency) => residency.bytes += bytes,
+                None => found.push(Residency { node, folio, bytes }),
             }
-            if ended <= at {
-                break;
-            }
-            at = ended;
-        }
+        })?;
         found.sort_by_key(|r| (r.node, r.folio == FolioSize::Huge));
         Ok(found)
     }
+}
+
+/// Calls `f` with the address, node and size of each folio that is there.
+pub(crate) fn look(
+    engine: &Engine,
+    addresses: Range<usize>,
+    mut f: impl FnMut(usize, NodeId, FolioSize),
+) -> Result<(), RegionError> {
+    let ctx = &engine.inner.ctx;
+    let kernel = |what| move |source: Errno| RegionError::Kernel { what, source };
+    let mut runs = [Run::EMPTY; 256];
+    let want = Categories::PRESENT;
+    let keep = want | Categories::HUGE | Categories::PFN_ZERO;
+    let (mut at, end) = (addresses.start, addresses.end);
+    let (mut pages, mut nodes) = (Vec::new(), Vec::new());
+    while at < end {
+        let found = ctx.sys.scan(&ctx.pagemap, at, end, want, keep, &mut runs);
+        let (count, ended) = found.map_err(kernel("scanning the page table"))?;
+        for run in &runs[..count] {
+            if run.categories().contains(Categories::PFN_ZERO) {
+                continue;
+            }
+            let is_huge = run.categories().contains(Categories::HUGE);
+            let folio = if is_huge { FolioSize::Huge } else { FolioSize::Base };
+            let address = |v: u64| usize::try_from(v).unwrap_or(end).min(end);
+            pages.clear();
+            pages.extend((address(run.start)..address(run.end)).step_by(folio.bytes()));
+            nodes.clear();
+            nodes.resize(pages.len(), -1);
+            if let Some(only) = engine.only_node() {
+                nodes.fill(i32::try_from(only.get()).unwrap_or(-1));
+            } else {
+                ctx.sys.page_nodes(&pages, &mut nodes).map_err(kernel("asking for nodes"))?;
+            }
+            for (&page, &node) in pages.iter().zip(&nodes) {
+                if let Ok(node) = u32::try_from(node) {
+                    f(page, NodeId::new(node), folio);
+                }
+            }
+        }
+        if ended <= at {
+            break;
+        }
+        at = ended;
+    }
+    Ok(())
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
         let inner = &self.engine.inner;
         if inner.is_at_home() {
+            inner.regions.lock().retain(|part| !part.is_of(&self.gone));
             inner.clear_range(&self.addresses(), &self.gone);
         }
         if self.owned {

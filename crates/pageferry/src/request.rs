@@ -1,12 +1,12 @@
 //! Asking for a move, and following it.
 
 use crate::engine::{Claim, Engine};
-use crate::error::MigrateError;
+use crate::error::{MigrateError, RegionError};
 use crate::flight::MAX_PAGES;
 use crate::job::{Control, Frames, Job, max_batch_bytes};
 use crate::plan::Leg;
 use crate::policy::{DEFAULT_STALL_BUDGET, Wish};
-use crate::region::{IoPins, Region};
+use crate::region::{IoPins, Region, look};
 use crate::report::{Division, Order, Report};
 use crate::units::{normalize, overlap};
 use pageferry_copy::cpu::CHUNK;
@@ -55,6 +55,37 @@ impl Part {
     pub fn range(mut self, bytes: Range<usize>) -> Self {
         self.ranges.push(bytes);
         self
+    }
+
+    /// The same, to go elsewhere.
+    pub(crate) fn toward(&self, to: NodeId) -> Self {
+        Self { to, ..self.clone() }
+    }
+
+    /// Whether it is of the region with this mark.
+    pub(crate) fn is_of(&self, gone: &Arc<AtomicBool>) -> bool {
+        Arc::ptr_eq(&self.gone, gone)
+    }
+
+    /// Bytes of its region.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.home.len() as u64
+    }
+
+    /// Of its region, what is on one of these nodes now; `None`: nothing is.
+    pub(crate) fn on(mut self, engine: &Engine, from: &[u32]) -> Result<Option<Self>, RegionError> {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        look(engine, self.home.clone(), |page, node, folio| {
+            if from.contains(&node.get()) {
+                let start = page - self.home.start;
+                match ranges.last_mut().filter(|last| last.end == start) {
+                    Some(last) => last.end += folio.bytes(),
+                    None => ranges.push(start..start + folio.bytes()),
+                }
+            }
+        })?;
+        self.ranges = ranges;
+        Ok((!self.ranges.is_empty()).then_some(self))
     }
 
     fn check(&self) -> Result<Leg, MigrateError> {
