@@ -61,7 +61,7 @@ mod job;
 mod plan;
 #[cfg(not(loom))]
 mod policy;
-#[cfg(not(loom))]
+#[cfg_attr(loom, allow(dead_code, reason = "the model takes the bookkeeping alone"))]
 mod pool;
 #[cfg(not(loom))]
 mod probe;

@@ -32,6 +32,10 @@ impl<T: Default> Default for Mutex<T> {
 
 #[cfg(loom)]
 impl<T> Mutex<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(loom::sync::Mutex::new(value))
+    }
+
     pub(crate) fn lock(&self) -> loom::sync::MutexGuard<'_, T> {
         self.0.lock().expect("no thread panics while it holds the lock")
     }

@@ -1,9 +1,9 @@
 //! The address space of one pool: extents, and who may use which.
 
+use crate::sync::Mutex;
 use crate::units::{FolioSize, HUGE};
-use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// 2 MiB of pool address space. Pages `lo..hi` are populated, unless `mixed`.
 #[derive(Debug)]
@@ -53,28 +53,28 @@ pub(super) struct Arena {
     pub(super) size: FolioSize,
     pub(super) start: usize,
     pub(super) len: usize,
-    pub(super) state: Mutex<ArenaState>,
+    state: Mutex<State>,
 }
 
 #[derive(Debug)]
-pub(super) struct ArenaState {
-    pub(super) empty: Vec<Empty>,
+struct State {
+    empty: Vec<Empty>,
     /// Populated extents, the longest rested first.
-    pub(super) rested: VecDeque<Extent>,
+    rested: VecDeque<Extent>,
 }
 
 /// An extent that holds nothing.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Empty {
-    pub(super) addr: usize,
-    pub(super) registered: bool,
+struct Empty {
+    addr: usize,
+    registered: bool,
 }
 
 impl Arena {
     pub(super) fn new(node: u32, size: FolioSize, start: usize, extents: usize) -> Self {
         let addrs = (0..extents).rev().map(|i| start + i * HUGE);
         let empty = addrs.map(|addr| Empty { addr, registered: false }).collect();
-        let state = Mutex::new(ArenaState { empty, rested: VecDeque::with_capacity(extents) });
+        let state = Mutex::new(State { empty, rested: VecDeque::with_capacity(extents) });
         Self { node, size, start, len: extents * HUGE, state }
     }
 
@@ -82,8 +82,49 @@ impl Arena {
         self.node == node && self.size == size
     }
 
-    /// The extent of an empty place.
-    pub(super) fn extent(&self, empty: Empty) -> Extent {
+    /// Takes an empty extent, one that is (not) registered if there is one.
+    pub(super) fn take_empty(&self, registered: bool) -> Option<Extent> {
+        let empty = {
+            let mut state = self.state.lock();
+            let fits = state.empty.iter().rposition(|e| e.registered == registered);
+            match fits {
+                Some(at) => state.empty.swap_remove(at),
+                None => state.empty.pop()?,
+            }
+        };
+        Some(self.extent(empty))
+    }
+
+    /// Gives an extent back that holds nothing.
+    pub(super) fn put_empty(&self, extent: Extent) {
+        let empty = Empty { addr: extent.addr, registered: extent.registered };
+        self.state.lock().empty.push(empty);
+    }
+
+    /// Takes the extent that rested longest, if that was for as long as this.
+    pub(super) fn take_rested(&self, grace: Duration) -> Option<Extent> {
+        let mut state = self.state.lock();
+        let ready = state.rested.front().is_some_and(|e| e.rested.elapsed() >= grace);
+        if ready { state.rested.pop_front() } else { None }
+    }
+
+    /// Whether [`Self::take_rested`] would give one now.
+    pub(super) fn has_rested(&self, grace: Duration) -> bool {
+        self.state.lock().rested.front().is_some_and(|e| e.rested.elapsed() >= grace)
+    }
+
+    /// Frames rest from now on.
+    pub(super) fn put_frames(&self, mut extent: Extent) {
+        extent.rested = Instant::now();
+        self.state.lock().rested.push_back(extent);
+    }
+
+    /// Pages at rest.
+    pub(super) fn rested_pages(&self) -> usize {
+        self.state.lock().rested.iter().map(|e| e.populated).sum()
+    }
+
+    fn extent(&self, empty: Empty) -> Extent {
         Extent {
             addr: empty.addr,
             node: self.node,
@@ -104,13 +145,5 @@ impl Arena {
         state.empty.capacity() * size_of::<Empty>()
             + state.rested.capacity() * size_of::<Extent>()
             + size_of::<Self>()
-    }
-}
-
-impl ArenaState {
-    /// Takes an empty extent, one that is (not) registered if there is one.
-    pub(super) fn take_empty(&mut self, registered: bool) -> Option<Empty> {
-        let fits = self.empty.iter().rposition(|e| e.registered == registered);
-        fits.map(|at| self.empty.swap_remove(at)).or_else(|| self.empty.pop())
     }
 }

@@ -1,0 +1,480 @@
+//! The pools of an engine: who gets frames, and where they come from and go to.
+
+use super::arena::{Arena, Extent, pages_per_extent};
+use super::budget::Budget;
+use crate::report::Shortage;
+use crate::units::{FolioSize, HUGE};
+use pageferry_sys::mm::Advice;
+use pageferry_sys::pagemap::{Categories, Pagemap, Run};
+use pageferry_sys::uffd::{Modes, Uffd};
+use pageferry_sys::{Errno, Sys, cgroup};
+use parking_lot::Mutex;
+use serde::Serialize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Tries of a call that may fail for a passing reason.
+const TRIES: u32 = 8;
+/// Extents in flight at most, beyond those of the budget.
+const IN_FLIGHT: usize = 128;
+
+/// The state of one pool, for [`crate::Stats`].
+#[derive(Clone, Debug, Serialize)]
+pub struct PoolStats {
+    /// Node of the frames.
+    pub node: u32,
+    /// Their size.
+    pub folio: FolioSize,
+    /// Bytes of frames at rest.
+    pub populated_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Allowance {
+    until: Instant,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct PoolConfig {
+    pub(crate) budget: usize,
+    pub(crate) grace: Duration,
+    /// Nodes with memory; with only one, frames cannot be misplaced.
+    pub(crate) nodes: Vec<u32>,
+}
+
+/// All pools of an engine.
+#[derive(Debug)]
+pub(crate) struct Pools {
+    sys: Arc<dyn Sys>,
+    uffd: Arc<Uffd>,
+    pagemap: Pagemap,
+    config: PoolConfig,
+    arenas: Mutex<Vec<Arc<Arena>>>,
+    budget: Budget,
+    pid: u32,
+    /// A device may still write to a frame: the arenas are never unmapped.
+    lost: AtomicBool,
+    /// What the cgroup was last seen to allow, so that it need not be asked each time.
+    allowance: Mutex<Allowance>,
+    /// The pool that last had no frame at rest when one was wanted; the refill thread fills it.
+    pub(crate) demand: Mutex<Option<(u32, FolioSize)>>,
+}
+
+/// Whether frames may be reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    Any,
+    FreshOnly,
+}
+
+impl Pools {
+    pub(crate) fn new(
+        sys: Arc<dyn Sys>,
+        uffd: Arc<Uffd>,
+        config: PoolConfig,
+    ) -> Result<Self, Errno> {
+        Ok(Self {
+            sys,
+            uffd,
+            pagemap: Pagemap::open()?,
+            budget: Budget::new(config.budget),
+            config,
+            arenas: Mutex::default(),
+            pid: std::process::id(),
+            lost: AtomicBool::new(false),
+            allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
+            demand: Mutex::new(None),
+        })
+    }
+
+    pub(crate) fn budget(&self) -> usize {
+        self.budget.limit()
+    }
+
+    pub(crate) fn extra_bytes(&self) -> usize {
+        self.budget.held()
+    }
+
+    /// Bytes of bookkeeping, without the frames.
+    pub(crate) fn metadata_bytes(&self) -> usize {
+        let arenas = self.arenas.lock();
+        arenas.iter().map(|arena| arena.metadata_bytes()).sum()
+    }
+
+    pub(crate) fn stats(&self) -> Vec<PoolStats> {
+        let arenas = self.arenas.lock();
+        arenas
+            .iter()
+            .map(|a| PoolStats {
+                node: a.node,
+                folio: a.size,
+                populated_bytes: a.rested_pages() * pageferry_sys::page_size(),
+            })
+            .collect()
+    }
+
+    fn arena(&self, node: u32, size: FolioSize) -> Result<Arc<Arena>, Shortage> {
+        let mut arenas = self.arenas.lock();
+        if let Some(arena) = arenas.iter().find(|a| a.is_of(node, size)) {
+            return Ok(Arc::clone(arena));
+        }
+        let extents = self.config.budget / HUGE * 2 + IN_FLIGHT;
+        let len = extents * HUGE;
+        let start = self.sys.map(len, HUGE).map_err(|_| Shortage::Memory)?;
+        if self.prepare(start, len, node, size).is_err() {
+            // SAFETY: mapped above and known to nobody else.
+            let _ = unsafe { self.sys.unmap(start, len) };
+            return Err(Shortage::Memory);
+        }
+        let arena = Arc::new(Arena::new(node, size, start, extents));
+        arenas.push(Arc::clone(&arena));
+        Ok(arena)
+    }
+
+    /// Advice and policy of new pool address space.
+    fn prepare(&self, start: usize, len: usize, node: u32, size: FolioSize) -> Result<(), Errno> {
+        let folios = match size {
+            FolioSize::Base => Advice::NoHugePage,
+            FolioSize::Huge => Advice::HugePage,
+        };
+        // SAFETY: the range belongs to this pool and holds nothing; none of the advice drops it.
+        unsafe {
+            self.sys.advise(start, len, folios).or_else(|e| match e {
+                Errno(libc::EINVAL) => Ok(()), // a kernel without huge pages, which needs none
+                e => Err(e),
+            })?;
+            self.sys.advise(start, len, Advice::DontFork)?;
+            let _ = self.sys.advise(start, len, Advice::DontDump);
+        }
+        if self.config.nodes.len() > 1 {
+            self.sys.prefer_node(start, len, node)?;
+        }
+        Ok(())
+    }
+
+    /// An extent to take pages of `node` out to.
+    pub(crate) fn take_empty(&self, node: u32, size: FolioSize) -> Result<Extent, Shortage> {
+        let arena = self.arena(node, size)?;
+        let mut extent = self.take_slot(&arena, true)?;
+        let mut tries = 0;
+        while !extent.registered {
+            match self.sys.register(&self.uffd, extent.addr, HUGE, Modes::WP) {
+                Ok(()) => extent.registered = true,
+                Err(_) if tries < TRIES => {
+                    crate::berth::back_off(tries);
+                    tries += 1;
+                }
+                Err(_) => {
+                    self.shelve(extent);
+                    return Err(Shortage::Memory);
+                }
+            }
+        }
+        Ok(extent)
+    }
+
+    fn take_slot(&self, arena: &Arena, registered: bool) -> Result<Extent, Shortage> {
+        if let Some(extent) = arena.take_empty(registered) {
+            return Ok(extent);
+        }
+        // All address space holds frames: empty the one that rested longest.
+        let mut extent = arena.take_rested(Duration::ZERO).ok_or(Shortage::Budget)?;
+        self.empty(&mut extent).map_err(|_| Shortage::Memory)?;
+        Ok(extent)
+    }
+
+    /// An extent with at least one frame on `node`; fresh ones are made for up to `want` pages.
+    pub(crate) fn take_frames(
+        &self,
+        node: u32,
+        size: FolioSize,
+        want: usize,
+        source: Source,
+    ) -> Result<Extent, Shortage> {
+        if source == Source::Any {
+            if let Some(extent) = self.arena(node, size)?.take_rested(self.config.grace) {
+                return Ok(extent);
+            }
+            *self.demand.lock() = Some((node, size));
+        }
+        match self.fresh(node, size, want) {
+            Ok(extent) => Ok(extent),
+            // Rather wait out the grace period of a frame at rest than fail.
+            Err(shortage) if source == Source::Any => {
+                match self.arena(node, size)?.take_rested(Duration::ZERO) {
+                    Some(extent) => {
+                        std::thread::sleep(
+                            self.config.grace.saturating_sub(extent.rested.elapsed()),
+                        );
+                        Ok(extent)
+                    }
+                    None => Err(shortage),
+                }
+            }
+            Err(shortage) => Err(shortage),
+        }
+    }
+
+    fn fresh(&self, node: u32, size: FolioSize, want: usize) -> Result<Extent, Shortage> {
+        let pages = match size {
+            FolioSize::Base => want.clamp(1, pages_per_extent()),
+            FolioSize::Huge => pages_per_extent(),
+        };
+        let bytes = pages * pageferry_sys::page_size();
+        self.claim(bytes)?;
+        let result = self.populate(node, size, pages);
+        let kept = result.as_ref().map_or(0, |e| e.populated * pageferry_sys::page_size());
+        self.budget.give_back(bytes - kept);
+        result
+    }
+
+    /// Claims part of the budget; frees frames at rest in any pool if that helps.
+    fn claim(&self, bytes: usize) -> Result<(), Shortage> {
+        // A cgroup that is full would be served by its OOM killer, not by an error.
+        if !self.allowed(bytes as u64) {
+            return Err(Shortage::Memory);
+        }
+        let claimed = self.budget.claim(bytes, || self.free_one_rested());
+        claimed.then_some(()).ok_or(Shortage::Budget)
+    }
+
+    /// Whether a frame of this kind is at rest and may be used.
+    pub(crate) fn has_rested(&self, node: u32, size: FolioSize) -> bool {
+        self.arena(node, size).is_ok_and(|arena| arena.has_rested(self.config.grace))
+    }
+
+    pub(crate) fn has_one_node(&self) -> bool {
+        self.config.nodes.len() < 2
+    }
+
+    /// Whether the memory cgroup has room. Reading that takes a dozen files, so an answer is good
+    /// for half of the room that it found, and for a tenth of a second.
+    pub(crate) fn allowed(&self, bytes: u64) -> bool {
+        let mut allowance = self.allowance.lock();
+        if allowance.bytes < bytes || allowance.until < Instant::now() {
+            let room = cgroup::headroom().map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
+            if room < bytes {
+                return false;
+            }
+            *allowance = Allowance {
+                until: Instant::now() + Duration::from_millis(100),
+                bytes: (room / 2).max(bytes),
+            };
+        }
+        allowance.bytes -= bytes;
+        true
+    }
+
+    /// Pages came in without a frame going out.
+    pub(crate) fn gained(&self, pages: usize) {
+        self.budget.add(pages * pageferry_sys::page_size());
+    }
+
+    /// A frame was lost to a device: see [`Extent::lost`].
+    pub(crate) fn note_lost(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    fn free_one_rested(&self) -> bool {
+        let arenas: Vec<_> = self.arenas.lock().clone();
+        for arena in arenas {
+            if let Some(extent) = arena.take_rested(Duration::ZERO) {
+                self.free(extent);
+                return true;
+            }
+        }
+        false
+    }
+
+    fn populate(&self, node: u32, size: FolioSize, pages: usize) -> Result<Extent, Shortage> {
+        let arena = self.arena(node, size)?;
+        let mut extent = self.take_slot(&arena, false)?;
+        let len = pages * pageferry_sys::page_size();
+        // SAFETY: the extent is ours and empty; populating gives it zero pages.
+        let populated = unsafe { self.sys.advise(extent.addr, len, Advice::PopulateWrite) };
+        extent.hi = pages;
+        extent.populated = pages;
+        let good = match populated {
+            Err(_) => Err(Shortage::Memory),
+            Ok(()) if size == FolioSize::Huge && !self.is_huge(extent.addr) => {
+                extent.split = true;
+                Err(Shortage::Huge)
+            }
+            Ok(()) => self.on_node(&extent),
+        };
+        match good {
+            Ok(n) if n == pages => Ok(extent),
+            Ok(n) if n > 0 && size == FolioSize::Base && !extent.registered => {
+                let (start, rest) = (extent.page(n), len - n * pageferry_sys::page_size());
+                // SAFETY: frames of ours that hold nothing yet.
+                if unsafe { self.sys.advise(start, rest, Advice::DontNeed) }.is_err() {
+                    self.drop_fresh(extent);
+                    return Err(Shortage::Node);
+                }
+                extent.hi = n;
+                extent.populated = n;
+                Ok(extent)
+            }
+            Ok(_) => {
+                self.drop_fresh(extent);
+                Err(Shortage::Node)
+            }
+            Err(shortage) => {
+                self.drop_fresh(extent);
+                Err(shortage)
+            }
+        }
+    }
+
+    /// Frees an extent whose budget the caller still holds.
+    fn drop_fresh(&self, mut extent: Extent) {
+        if self.empty_uncounted(&mut extent).is_ok() {
+            self.shelve(extent);
+        }
+    }
+
+    /// How many of the extent's first pages are on its node.
+    fn on_node(&self, extent: &Extent) -> Result<usize, Shortage> {
+        if self.config.nodes.len() < 2 {
+            return Ok(extent.hi);
+        }
+        let step = if extent.size == FolioSize::Huge { pages_per_extent() } else { 1 };
+        let pages: Vec<usize> = (0..extent.hi).step_by(step).map(|i| extent.page(i)).collect();
+        let mut status = vec![-1; pages.len()];
+        self.sys.page_nodes(&pages, &mut status).map_err(|_| Shortage::Node)?;
+        let node = i32::try_from(extent.node).unwrap_or(i32::MAX);
+        Ok(status.iter().take_while(|&&s| s == node).count() * step)
+    }
+
+    /// Whether one huge page stands at `addr`.
+    pub(crate) fn is_huge(&self, addr: usize) -> bool {
+        let mut runs = [Run::EMPTY; 1];
+        let want = Categories::HUGE;
+        let found = self.sys.scan(&self.pagemap, addr, addr + HUGE, want, want, &mut runs);
+        matches!(found, Ok((1, _))) && runs[0].end - runs[0].start == HUGE as u64
+    }
+
+    /// Gives an extent back. Its frames are kept for the next transaction if `keep` and the
+    /// budget allow, else freed.
+    pub(crate) fn put(&self, extent: Extent, keep: bool) {
+        if extent.lost {
+            return;
+        }
+        let over = self.extra_bytes() > self.budget.limit();
+        let frames = extent.frames();
+        let whole = extent.size == FolioSize::Base || frames == pages_per_extent();
+        if frames == 0 && extent.populated == 0 && !extent.split {
+            self.shelve(extent);
+        } else if keep && !over && !extent.mixed && !extent.split && whole {
+            if let Ok(arena) = self.arena(extent.node, extent.size) {
+                arena.put_frames(extent);
+            }
+        } else {
+            // At once: the next page that is zeroed is then one that the caches still know, which
+            // takes a third of the time (huge pages, Zen 4).
+            self.free(extent);
+        }
+    }
+
+    fn free(&self, mut extent: Extent) {
+        if self.empty(&mut extent).is_ok() {
+            self.shelve(extent);
+        }
+        // Else its address space and its share of the budget stay occupied: it still holds
+        // memory.
+    }
+
+    fn shelve(&self, extent: Extent) {
+        if let Ok(arena) = self.arena(extent.node, extent.size) {
+            arena.put_empty(extent);
+        }
+    }
+
+    fn empty(&self, extent: &mut Extent) -> Result<(), Errno> {
+        let bytes = extent.populated * pageferry_sys::page_size();
+        self.empty_uncounted(extent)?;
+        self.budget.give_back(bytes);
+        Ok(())
+    }
+
+    fn empty_uncounted(&self, extent: &mut Extent) -> Result<(), Errno> {
+        let mut tries = 0;
+        loop {
+            let unregistered = match extent.registered {
+                true => self.sys.unregister(&self.uffd, extent.addr, HUGE),
+                false => Ok(()),
+            };
+            extent.registered &= unregistered.is_err();
+            // SAFETY: the extent is owned, and nothing in it is wanted any more.
+            let result = unregistered.and_then(|()| unsafe {
+                if extent.split {
+                    self.sys
+                        .map_over(extent.addr, HUGE)
+                        .and_then(|()| self.prepare(extent.addr, HUGE, extent.node, extent.size))
+                } else {
+                    self.sys.advise(extent.addr, HUGE, Advice::DontNeed)
+                }
+            });
+            match result {
+                Ok(()) => break,
+                Err(e) if tries == TRIES => return Err(e),
+                Err(_) => {
+                    crate::berth::back_off(tries);
+                    tries += 1;
+                }
+            }
+        }
+        extent.lo = 0;
+        extent.hi = 0;
+        extent.populated = 0;
+        extent.mixed = false;
+        extent.split = false;
+        Ok(())
+    }
+
+    /// Frees all frames at rest; returns bytes.
+    pub(crate) fn release_all(&self) -> usize {
+        let before = self.extra_bytes();
+        let arenas: Vec<_> = self.arenas.lock().clone();
+        for arena in &arenas {
+            while let Some(extent) = arena.take_rested(Duration::ZERO) {
+                self.free(extent);
+            }
+        }
+        before.saturating_sub(self.extra_bytes())
+    }
+
+    /// Brings the frames at rest of those pools that were used fresh lately up to `high` bytes,
+    /// where they are below `low`.
+    pub(crate) fn refill(&self, demand: (u32, FolioSize), low: usize, high: usize) {
+        let Ok(arena) = self.arena(demand.0, demand.1) else { return };
+        let page = pageferry_sys::page_size();
+        let mut have = arena.rested_pages() * page;
+        if have >= low {
+            return;
+        }
+        while have < high {
+            let Ok(extent) = self.fresh(demand.0, demand.1, pages_per_extent()) else { return };
+            have += extent.populated * page;
+            self.put(extent, true);
+        }
+    }
+}
+
+impl Drop for Pools {
+    fn drop(&mut self) {
+        // A forked child does not have the pools; what is mapped there is its own.
+        if *self.lost.get_mut() || self.pid != std::process::id() {
+            return;
+        }
+        for arena in self.arenas.get_mut().drain(..) {
+            // Nobody reads events any more, and unmapping what is registered would wait for that.
+            if self.sys.unregister(&self.uffd, arena.start, arena.len).is_ok() {
+                // SAFETY: the engine is going: no transaction holds an extent, and no device.
+                let _ = unsafe { self.sys.unmap(arena.start, arena.len) };
+            }
+        }
+    }
+}
