@@ -31,7 +31,7 @@ use crate::output::Context;
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => return output::usage_error(&error).into(),
+        Err(error) => return output::usage_error(&error, std::env::args_os()).into(),
     };
     let context = Context::new(cli.color, cli.quiet);
     match run(cli.command, &context) {

@@ -1,20 +1,26 @@
 //! What the user sees: results on stdout, errors on stderr, colours, JSON.
 //!
 //! A reader that closes the pipe early (`pageferry topology | head`) has had what
-//! it wanted: a broken pipe on stdout is success. Errors have three parts, what
-//! failed, because of what, and what to do; [`Problem`] carries them.
+//! it wanted: a broken pipe on stdout is success. Every other failed write to
+//! stdout, also to one that was closed from the start, is an error. Errors have
+//! three parts, what failed, because of what, and what to do; [`Problem`] carries
+//! them. A usage error's remedy ends with the help to read.
 
 use pageferry::BuildError;
+use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anstream::AutoStream;
 use anstyle::{AnsiColor, Style};
 use anyhow::Context as _;
-use clap::ColorChoice;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapKind};
+use clap::{ColorChoice, CommandFactory as _};
 use serde::Serialize;
 
+use crate::cli::Cli;
 use crate::exit::Exit;
 
 pub(crate) const BOLD: Style = Style::new().bold();
@@ -22,6 +28,51 @@ pub(crate) const DIM: Style = Style::new().dimmed();
 pub(crate) const GREEN: Style = AnsiColor::Green.on_default();
 pub(crate) const YELLOW: Style = AnsiColor::Yellow.on_default().bold();
 pub(crate) const RED: Style = AnsiColor::Red.on_default().bold();
+
+/// Whether the program was started without a stdout (`>&-`).
+static NO_STDOUT: AtomicBool = AtomicBool::new(false);
+
+/// Looks at stdout before the runtime of the standard library does: that opens `/dev/null` in the
+/// place of a descriptor that is closed, and all output would be lost without an error.
+#[used]
+// SAFETY: `.init_array` holds pointers to functions that the C runtime calls before `main`
+// (System V gABI, Initialization and Termination Functions), which may take no arguments.
+#[unsafe(link_section = ".init_array")]
+static LOOK_AT_STDOUT: extern "C" fn() = {
+    extern "C" fn look() {
+        // Duplicating a descriptor (fcntl(2), F_DUPFD_CLOEXEC) fails with EBADF if it is closed,
+        // and with EMFILE at the limit on open files, which says nothing about it. The standard
+        // library documents that the standard streams may be closed before main.
+        let copy = io::stdout().as_fd().try_clone_to_owned();
+        let closed = copy.is_err_and(|error| error.raw_os_error() == Some(EBADF));
+        // Relaxed: there is one thread yet.
+        NO_STDOUT.store(closed, Ordering::Relaxed);
+    }
+    look
+};
+
+/// include/uapi/asm-generic/errno-base.h.
+const EBADF: i32 = 9;
+
+/// Writes to stdout, without escape sequences where colours are off.
+fn to_stdout(text: impl fmt::Display) -> anyhow::Result<()> {
+    let mut out = AutoStream::auto(io::stdout().lock());
+    let written = match NO_STDOUT.load(Ordering::Relaxed) {
+        true => Err(io::Error::from_raw_os_error(EBADF)),
+        false => write!(out, "{text}").and_then(|()| out.flush()),
+    };
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(error) => Err(Problem {
+            what: "cannot write to stdout".to_owned(),
+            because: error.to_string(),
+            remedy: "give it an open stdout with room, such as > FILE".to_owned(),
+            exit: Exit::Failed,
+        }
+        .into()),
+        Ok(()) => Ok(()),
+    }
+}
 
 /// How a subcommand may talk to the user.
 #[derive(Debug, Clone, Copy)]
@@ -45,12 +96,13 @@ impl Context {
 
     /// Writes a result to stdout. Escape sequences in it are dropped where colours are off.
     pub(crate) fn print(&self, text: impl fmt::Display) -> anyhow::Result<()> {
-        let mut out = AutoStream::auto(io::stdout().lock());
-        let written = write!(out, "{text}").and_then(|()| out.flush());
-        match written {
-            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-            other => other.context("cannot write to stdout"),
-        }
+        to_stdout(text)
+    }
+
+    /// Tells, on stderr, of something done that was not plainly asked for.
+    pub(crate) fn note(&self, text: impl fmt::Display) {
+        // It is no part of the result: without stderr there is nobody to tell.
+        let _ = writeln!(AutoStream::auto(io::stderr().lock()), "{text}");
     }
 
     /// Writes a result to stdout as indented JSON.
@@ -122,44 +174,73 @@ pub(crate) fn error(error: &anyhow::Error) -> Exit {
     }
 }
 
-/// Prints what clap has to say: help and version on stdout, errors in our form.
-pub(crate) fn usage_error(error: &clap::Error) -> Exit {
-    match error.kind() {
+/// Prints what clap has to say of the command line `args`: help and version on stdout, errors in
+/// our form.
+pub(crate) fn usage_error(clap: &clap::Error, args: impl Iterator<Item = OsString>) -> Exit {
+    match clap.kind() {
         ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
-            // Nothing is left to do if stdout is gone.
-            let _ = error.print();
-            return Exit::Ok;
+            return match to_stdout(clap.render().ansi()) {
+                Ok(()) => Exit::Ok,
+                Err(failed) => error(&failed),
+            };
         }
         ClapKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            let _ = error.print();
+            // If stderr is gone, the exit code is all that is left to say.
+            let _ = clap.print();
             return Exit::Usage;
         }
         _ => {}
     }
-    let text = error.render().to_string();
+    let text = clap.render().to_string();
     let mut lines = text.lines();
     let what = lines.next().unwrap_or_default();
     let what = what.strip_prefix("error: ").unwrap_or(what);
     // clap's further paragraph: possible values, or the arguments that are missing.
-    let because: Vec<&str> = lines
+    let more: Vec<&str> = lines
         .take_while(|line| !line.starts_with("Usage:"))
         .map(str::trim)
         .filter(|line| !line.is_empty() && !line.starts_with("tip:") && !line.starts_with("For "))
         .map(|line| line.trim_start_matches('[').trim_end_matches(']'))
         .collect();
-    let because = because.join(", ");
-    // "the following arguments were not provided:" continues in the paragraph.
-    let (what, because) = if what.ends_with(':') {
-        (format!("{what} {because}"), None)
-    } else {
-        (what.to_owned(), (!because.is_empty()).then_some(because))
+    let more = more.join(", ");
+    let subcommand = subcommand(args);
+    let program = subcommand.map_or("pageferry".to_owned(), |name| format!("pageferry {name}"));
+    let (what, because) = match (clap.kind(), what.split_once(": ")) {
+        // "the following arguments were not provided:" continues in the paragraph.
+        _ if what.ends_with(':') => (format!("{what} {more}"), format!("`{program}` needs them")),
+        // Our own parsers say why.
+        (ClapKind::ValueValidation, Some((what, why))) => (what.to_owned(), why.to_owned()),
+        (ClapKind::UnknownArgument, _) => {
+            (what.to_owned(), format!("`{program}` has no such argument"))
+        }
+        (ClapKind::InvalidSubcommand, _) => {
+            let names = Cli::command();
+            let names: Vec<&str> = names.get_subcommands().map(clap::Command::get_name).collect();
+            (what.to_owned(), format!("the subcommands are {}", names.join(", ")))
+        }
+        _ => (what.to_owned(), more),
     };
-    let remedy = suggestion(error).map_or_else(
-        || "see `pageferry --help`".to_owned(),
-        |name| format!("did you mean `{name}`?"),
-    );
-    report(&what, because.as_deref(), Some(&remedy));
+    let help = format!("see `{program} --help`");
+    let remedy = suggestion(clap)
+        .map_or_else(|| help.clone(), |name| format!("did you mean `{name}`? Else {help}"));
+    report(&what, (!because.is_empty()).then_some(&*because), Some(&remedy));
     Exit::Usage
+}
+
+/// The subcommand that a command line names; clap's errors do not tell.
+fn subcommand(args: impl Iterator<Item = OsString>) -> Option<String> {
+    let command = Cli::command();
+    let mut words = args.skip(1);
+    while let Some(word) = words.next() {
+        let word = word.to_string_lossy();
+        if word == "--color" {
+            // Its value is no subcommand, whatever it says.
+            words.next();
+        } else if !word.starts_with('-') {
+            return command.find_subcommand(&*word).map(|sub| sub.get_name().to_owned());
+        }
+    }
+    None
 }
 
 fn suggestion(error: &clap::Error) -> Option<&str> {

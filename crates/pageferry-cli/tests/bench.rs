@@ -65,6 +65,8 @@ fn a_smoke_run_verifies_every_move_and_writes_json_and_a_page() {
         "sequential",
         "move",
         "move_default",
+        "exchange",
+        "exchange_sequential",
         "one_way",
         "first_folio",
         "single",
@@ -87,6 +89,8 @@ fn a_smoke_run_verifies_every_move_and_writes_json_and_a_page() {
         "move_4k_over_roofline",
         "move_4k_over_sequential",
         "one_way_4k_over_sequential",
+        "exchange_4k_over_sequential",
+        "exchange_4k_over_roofline",
         "single_4k_over_sequential",
         "engine_metadata_over_managed",
     ] {
@@ -95,11 +99,46 @@ fn a_smoke_run_verifies_every_move_and_writes_json_and_a_page() {
     let feel = runs(&results, "feel")[0];
     assert!(feel["readers"]["latency_us"]["p999"].as_f64().is_some(), "{feel}");
     assert!(feel["stall_us"]["count"].as_u64() > Some(0), "{feel}");
+    for who in ["readers", "writers"] {
+        let share = |key: &str| feel[who][key].as_f64().expect("a share");
+        assert!((0.0..=share("stalled_share")).contains(&share("preempted_share")), "{feel}");
+    }
+    let explained = "no CPU: the part of it in which another thread had the CPU";
+    assert!(text.contains("> 20 us: share of the time") && text.contains(explained), "{text}");
 
     let page = std::fs::read_to_string(html).expect("a page");
     assert!(page.contains("<svg") && page.contains("prefers-color-scheme"));
+    assert!(page.contains("time in &gt; 20 us") && page.contains("exchange:"));
     assert!(!page.contains("<script") && !page.contains("src=") && !page.contains("href="));
     assert!(!page.contains("NaN"));
+}
+
+#[test]
+fn an_exchange_moves_both_sets_of_each_folio_size() {
+    if !can_move() {
+        return;
+    }
+    let done = bench(&["--smoke", "--only", "moves", "--json"]).success();
+    let results: Value = serde_json::from_str(&stdout(&done)).expect("nothing but JSON");
+    let nodes = results["machine"]["nodes"].as_u64().expect("a number");
+    let how = if nodes > 1 { "between nodes" } else { "frame to frame" };
+    let mut sizes = vec![4096];
+    if results["machine"]["thp"] == "never" || results["machine"]["thp"] == "none" {
+        eprintln!("skipped: exchanges of 2M folios: transparent huge pages are off");
+    } else {
+        sizes.push(2 << 20);
+    }
+    for size in sizes {
+        let of_size = |run: &&&Value| run["folio_bytes"] == size;
+        let exchanges = runs(&results, "exchange");
+        let run = exchanges.iter().find(of_size).expect("an exchange");
+        assert_eq!(run["verified"], true, "{run}");
+        assert_eq!(run["frames"], "recycled", "{run}");
+        let note = run["note"].as_str().expect("a note");
+        // "not moved" would follow if pages had stayed.
+        assert!(note.contains(how) && !note.contains("not moved"), "{run}");
+        assert!(run["gb_per_s"]["median"].as_f64() > Some(0.0), "{run}");
+    }
 }
 
 #[test]

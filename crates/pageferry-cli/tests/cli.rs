@@ -1,7 +1,7 @@
 //! The command as a user meets it: output, exit codes, errors with a remedy.
 
 use std::io::Read;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use assert_cmd::assert::Assert;
 use assert_cmd::cargo::cargo_bin;
@@ -90,9 +90,14 @@ fn help_names_the_subcommands_and_exit_codes() {
 
 #[test]
 fn bad_usage_exits_with_2_and_says_what_to_do() {
-    let cases: [&[&str]; 7] = [
+    let cases: [&[&str]; 12] = [
         &["topologi"],
+        &["--color", "always", "topologi", "--json"],
+        &["frobnicate"],
         &["topology", "--jsn"],
+        &["doctor", "all"],
+        &["bench", "--size", "12Q"],
+        &["bench", "--only", "speed"],
         &["--color", "blue", "topology"],
         &["completions", "tcsh"],
         &["completions"],
@@ -104,10 +109,26 @@ fn bad_usage_exits_with_2_and_says_what_to_do() {
         let result = pageferry(args).code(2);
         assert_eq!(stdout(&result), "", "{args:?}");
         let error = stderr(&result);
-        assert!(error.contains("remedy: "), "{error}");
+        let last = error.lines().last().unwrap_or_default();
+        assert!(last.trim_start().starts_with("remedy: "), "{error}");
         all += &format!("$ pageferry {}\n{error}", args.join(" "));
     }
     insta::assert_snapshot!(all);
+}
+
+#[test]
+fn a_usage_error_ends_with_the_help_of_its_subcommand() {
+    for (args, help) in [
+        (&["bench", "--rounds"][..], "pageferry bench --help"),
+        (&["--quiet", "--color", "never", "man", "--nothing"], "pageferry man --help"),
+        (&["--color", "topology"], "pageferry --help"),
+        (&["--nothing"], "pageferry --help"),
+        (&["demo", "one", "two", "three", "--nothing"], "pageferry demo --help"),
+    ] {
+        let error = stderr(&pageferry(args).code(2));
+        let last = error.lines().last().unwrap_or_default();
+        assert!(last.ends_with(&format!("see `{help}`")), "{args:?}: {error}");
+    }
 }
 
 #[test]
@@ -155,10 +176,36 @@ fn man_pages_are_written_for_every_subcommand() {
 }
 
 #[test]
-fn man_pages_that_cannot_be_written_are_an_error_with_its_reason() {
-    let error = stderr(&pageferry(&["man", "--out", "/dev/null/man"]).code(1));
-    assert!(error.contains("/dev/null/man"), "{error}");
-    assert!(error.contains("because: "), "{error}");
+fn man_pages_go_to_a_directory_that_is_there_or_whose_parent_is() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("man1");
+    let text = path.to_str().expect("a plain path");
+    let made = pageferry(&["man", "--out", text]).success();
+    assert_eq!(stderr(&made), format!("made the directory {text}\n"));
+    let again = pageferry(&["man", "--out", text]).success();
+    assert_eq!(stderr(&again), "");
+}
+
+#[test]
+fn man_pages_that_cannot_be_written_are_an_error_with_reason_and_remedy() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").expect("a file");
+    let cases = [
+        ("missing/man1", "does not exist", "mkdir -p"),
+        ("file", "not a directory", "name a directory"),
+        ("file/man1", "Not a directory", "name a directory"),
+    ];
+    for (path, because, remedy) in cases {
+        let path = dir.path().join(path);
+        let error = stderr(&pageferry(&["man", "--out", path.to_str().expect("a path")]).code(2));
+        assert!(error.contains(path.to_str().expect("a path")), "{error}");
+        let has = |head: &str, part: &str| {
+            error.lines().any(|line| line.trim().starts_with(head) && line.contains(part))
+        };
+        assert!(has("because: ", because) && has("remedy: ", remedy), "{error}");
+    }
+    assert!(!dir.path().join("missing").exists(), "no parent is made");
 }
 
 #[test]
@@ -189,6 +236,76 @@ fn a_reader_that_goes_away_is_no_error() {
     let output = child.wait_with_output().expect("it ends");
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+/// Everything that writes to stdout without moving memory.
+const WRITERS: [&[&str]; 8] = [
+    &["topology"],
+    &["topology", "--json"],
+    &["doctor"],
+    &["completions", "bash"],
+    &["man"],
+    &["bench", "--schema"],
+    &["--help"],
+    &["--version"],
+];
+
+/// Runs the command with a redirection that only a shell can make.
+fn in_shell(args: &[&str], setup: &str, redirection: &str) -> Output {
+    let script = format!("{setup} exec \"$@\" {redirection}");
+    Command::new("sh")
+        .args(["-c", &script, "sh"])
+        .arg(cargo_bin("pageferry"))
+        .args(args)
+        .output()
+        .expect("a shell")
+}
+
+#[test]
+fn a_stdout_that_cannot_be_written_to_is_an_error_of_every_subcommand() {
+    for (redirection, because) in
+        [(">&-", "Bad file descriptor"), ("> /dev/full", "No space left on device")]
+    {
+        for args in WRITERS {
+            let output = in_shell(args, "", redirection);
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{args:?} {redirection}: {error}");
+            let expected = format!("error: cannot write to stdout\n  because: {because}");
+            assert!(error.contains(&expected), "{args:?} {redirection}: {error}");
+            assert!(error.contains("remedy: "), "{args:?} {redirection}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_stdout_that_is_thrown_away_is_none() {
+    for redirection in ["> /dev/null", "<> /dev/null >&0", "2>&- > /dev/null"] {
+        for args in [&["topology"][..], &["--help"]] {
+            let output = in_shell(args, "", redirection);
+            assert_eq!(output.status.code(), Some(0), "{args:?} {redirection}");
+        }
+    }
+}
+
+#[test]
+fn doctor_says_which_limit_leaves_no_room_for_an_engine() {
+    // The limits of the shell are in force for doctor alone.
+    for (limit, id, remedy) in [
+        ("ulimit -n 6;", "limit-nofile", "ulimit -n"),
+        ("ulimit -v 300000;", "limit-address-space", "ulimit -v"),
+        ("ulimit -d 200000;", "limit-data", "ulimit -d"),
+    ] {
+        let output = in_shell(&["doctor", "--json"], limit, "");
+        let error = String::from_utf8_lossy(&output.stderr);
+        let json: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{limit} {error}"));
+        let checks = json["checks"].as_array().expect("checks");
+        let check = checks.iter().find(|check| check["id"] == id).expect(id);
+        assert_eq!(check["status"], "missing", "{check}");
+        assert!(check["found"].as_str().is_some_and(|found| found.contains("left of")), "{check}");
+        assert!(check["remedy"].as_str().is_some_and(|text| text.contains(remedy)), "{check}");
+        assert_eq!(output.status.code(), Some(3), "{limit} {check}");
+    }
 }
 
 #[test]

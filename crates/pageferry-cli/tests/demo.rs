@@ -56,12 +56,26 @@ fn report(extra: &[&str]) -> std::result::Result<Value, Box<dyn Error>> {
     let output = demo(&args)?;
     assert!(output.status.success(), "{}", stderr(&output));
     let report: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(report["schema_version"], 1);
     assert_eq!(report["text"]["files"], 40);
     assert_eq!(report["text"]["not_text"], 1);
     assert!(report["index"]["editions"].as_f64() > Some(1.0), "a small text goes in often");
     assert!(report["index"]["bytes"].as_u64() >= Some(6 << 20), "{report}");
     for way in ["moved", "one_folio_at_a_time"] {
         assert!(report[way]["bytes"].as_u64() > Some(0), "{way}: {report}");
+        let holes = &report[way]["holes"];
+        let at = |quantile: &str| holes[quantile].as_f64();
+        assert!(at("p50_us") > Some(0.0), "{way}: {report}");
+        assert!(at("p50_us") <= at("p99_us") && at("p99_us") <= at("max_us"), "{way}: {report}");
+        assert!(holes["within_budget"].as_u64() <= holes["count"].as_u64(), "{way}: {report}");
+    }
+    assert!(report["stall_budget_us"].as_f64() > Some(0.0));
+    for phase in ["not_moving", "burnt_cpu", "moving", "one_folio_at_a_time"] {
+        let operations = report["queries"][phase]["operations"].as_u64();
+        assert!(operations > Some(0), "{phase}: {report}");
+    }
+    for cpus in ["cpus_moving", "cpus_burnt"] {
+        assert!(report["burnt_cpu"][cpus].as_f64() > Some(0.0), "{cpus}: {report}");
     }
     assert!(report["moved"]["bytes"].as_u64() >= report["index"]["bytes"].as_u64());
     assert!(report["answers"]["compared"].as_u64() > Some(0));
@@ -71,6 +85,11 @@ fn report(extra: &[&str]) -> std::result::Result<Value, Box<dyn Error>> {
     let pages = &report["physical_pages"];
     if pages["hidden"] == false {
         assert!(pages["changed"].as_u64() > Some(0), "{pages}");
+    }
+    for size in ["base", "huge"] {
+        let (there, moved) = (&pages[size]["present_bytes"], &pages[size]["moved_bytes"]);
+        assert!(moved.as_u64() <= there.as_u64(), "{pages}");
+        assert_eq!(moved == 0, there == 0, "what is there moves: {pages}");
     }
     assert_eq!(report["cancelled"], false);
     Ok(report)
@@ -96,8 +115,37 @@ fn in_user_mode_only_form_it_does_the_same() -> Result {
 #[test]
 fn huge_and_base_folios_in_one_region_move_together() -> Result {
     if can_move() {
-        report(&["--folios", "mixed"])?;
+        let report = report(&["--folios", "mixed"])?;
+        let pages = &report["physical_pages"];
+        assert!(pages["base"]["moved_bytes"].as_u64() > Some(0), "{pages}");
+        if pages["huge"]["present_bytes"] == 0 {
+            eprintln!("skipped: the kernel gave no huge page, so that only base pages moved");
+        }
     }
+    Ok(())
+}
+
+#[test]
+fn a_tiny_text_goes_in_a_limited_number_of_times_and_the_report_says_so() -> Result {
+    if !can_move() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    std::fs::write(folder.path().join("tiny.txt"), "a page of a folio on a node")?;
+    let args = [path(folder.path()), "--size", "32M", "--seconds", "1"];
+    let output = demo(&[&args[..], &["--json"]].concat())?;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    let index = &report["index"];
+    assert_eq!(index["editions"], 1000.0, "{index}");
+    assert_eq!(index["text_used_up"], true);
+    assert!(index["bytes"].as_u64() < index["wanted_bytes"].as_u64(), "{index}");
+    assert!(report["moved"]["bytes"].as_u64() > Some(0));
+    assert_eq!(report["scan"]["positions"].as_u64().map(|n| n > 0), Some(true));
+    assert_eq!(report["scan"]["differing"], 0);
+    let text = String::from_utf8(demo(&args)?.stdout)?;
+    let said = text.lines().filter(|line| line.contains("there is too little for 32 MiB"));
+    assert_eq!(said.count(), 1, "{text}");
     Ok(())
 }
 
@@ -139,6 +187,45 @@ fn sigint_ends_it_with_a_report() -> Result {
     assert_eq!(report["cancelled"], true);
     assert_eq!(report["scan"]["differing"], 0);
     Ok(())
+}
+
+#[test]
+fn sigint_while_text_is_read_ends_it_with_a_report_too() -> Result {
+    // SIGTERM is 15 (signal(7)): the last signal for which the program installs a handler.
+    const SIGTERM_BIT: u64 = 1 << (15 - 1);
+    if !can_move() {
+        return Ok(());
+    }
+    // Files that are looked at and not taken: they take far longer than sending a signal.
+    let folder = tempfile::tempdir()?;
+    let binary = folder.path().join("binary");
+    std::fs::write(&binary, [0u8; 64])?;
+    for i in 0..20_000 {
+        std::fs::hard_link(&binary, folder.path().join(i.to_string()))?;
+    }
+    let args = [path(folder.path()), "--size", "4M", "--seconds", "600", "--json"];
+    let child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let (pid, limit) = (child.id(), Instant::now() + Duration::from_secs(60));
+    while caught(pid) & SIGTERM_BIT == 0 && Instant::now() < limit {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Command::new("kill").args(["-INT", &pid.to_string()]).status()?;
+    let output = child.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(report["schema_version"], 1);
+    assert_eq!(report["cancelled"], true);
+    assert_eq!(report["index"]["documents"], 0);
+    assert_eq!(report["moved"]["bytes"], 0);
+    assert!(stderr(&output).contains("cancelled while reading"), "{}", stderr(&output));
+    Ok(())
+}
+
+/// Signals for which a process has handlers, as a mask (`SigCgt`, proc(5)).
+fn caught(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
 fn has_thread(pid: u32, name: &str) -> bool {
@@ -203,4 +290,24 @@ fn more_memory_than_there_is_is_refused_with_a_size_that_fits() -> Result {
         return Ok(());
     }
     refused(&["--size=64G"], "not enough memory for an index of 64 GiB", "available")
+}
+
+#[test]
+fn a_limit_of_address_space_is_named_before_anything_is_tried() -> Result {
+    for (flag, what) in [("-v", "address space"), ("-d", "data memory")] {
+        // In KiB: from hardly more than the program itself to far more than a small index.
+        for limit in ["60000", "200000", "600000"] {
+            let script = "ulimit \"$1\" \"$2\" && exec \"$0\" demo --size 4M --json";
+            let arguments = [script, env!("CARGO_BIN_EXE_pageferry"), flag, limit];
+            let output = Command::new("sh").arg("-c").args(arguments).output()?;
+            let said = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{flag} {limit}: {said}");
+            assert!(output.stdout.is_empty(), "{flag} {limit}");
+            let what = format!("not enough {what} for an index of 4 MiB");
+            for part in [what, format!("ulimit {flag}"), "remedy: raise the limit".to_owned()] {
+                assert!(said.contains(&part), "{flag} {limit}: {part} in {said}");
+            }
+        }
+    }
+    Ok(())
 }

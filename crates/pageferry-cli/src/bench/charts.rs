@@ -13,11 +13,13 @@ const MOST_BARS: usize = 14;
 pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
     let roofline = figures::best(&results.runs, |run| run.scenario == "roofline");
     let reference = roofline.and_then(Run::rate).map(|rate| (rate, "the roofline"));
-    const KINDS: [(&str, usize); 6] = [
+    const KINDS: [(&str, usize); 8] = [
         ("move", 0),
         ("move_default", 2),
+        ("exchange", 3),
         ("one_way", 4),
         ("sequential", 6),
+        ("exchange_sequential", 6),
         ("one_way_sequential", 6),
         ("move_pages", 1),
     ];
@@ -31,9 +33,10 @@ pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
             .filter_map(|run| Some((run, class(run)?)))
             .collect();
         runs.sort_by(|a, b| b.0.rate().unwrap_or(0.0).total_cmp(&a.0.rate().unwrap_or(0.0)));
-        // The baselines are always shown, however slow.
+        // The baselines and exchanges are always shown, however slow.
         let (baselines, mut others): (Vec<_>, Vec<_>) = runs.into_iter().partition(|(run, _)| {
-            run.scenario.ends_with("sequential") || run.scenario == "move_pages"
+            run.scenario.ends_with("sequential")
+                || ["exchange", "move_pages"].contains(&run.scenario.as_str())
         });
         others.truncate(MOST_BARS);
         let shown = others.into_iter().chain(baselines);
@@ -52,6 +55,8 @@ pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
                     "move" | "one_way" => String::new(),
                     "move_default" => "default: ".to_owned(),
                     "move_pages" => "move_pages(2) ".to_owned(),
+                    "exchange" => "exchange: ".to_owned(),
+                    "exchange_sequential" => "sequential exchange: ".to_owned(),
                     _ => "sequential: ".to_owned(),
                 };
                 let name = format!("{kind}{} {}T {batch}", words.join(" "), run.threads);
@@ -64,8 +69,8 @@ pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
     section(
         out,
         "Throughput",
-        "Moves of recycled and fresh frames beside the same transaction \
-             done folio after folio by one thread. T: threads; then the largest batch.",
+        "Moves of recycled and fresh frames, and exchanges of two sets of pages (both count), \
+             beside the same transaction done folio after folio by one thread. T: threads; then the largest batch.",
         &charts,
     )?;
 
@@ -233,7 +238,11 @@ pub(super) fn felt(results: &Results, out: &mut String) -> fmt::Result {
         "What a program feels",
         "Every access of random readers and writers is timed and checked while the memory moves \
          without a pause. Broken lines are the controls: idle, and as many threads as the move \
-         has that burn the same CPU time by copying private memory.",
+         has that burn the same CPU time by copying private memory. The table below has, as \
+         \u{201c}time in &gt; 20 us\u{201d}, the share of the time that went by in accesses longer \
+         than that, whatever held them up, and as \u{201c}no CPU\u{201d} the part of it in which \
+         another thread had the accessing thread's CPU; the rest is waiting for pages and \
+         page-table work.",
         &charts,
     )
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use pageferry::{Division, FolioSize, Frames, MigrateError, Order, Report};
+use pageferry::{Division, FolioSize, Frames, MigrateError, Move, Order, Report};
 use pageferry_copy::Kernel;
 
 use super::lab::{Case, Field, Lab, Trouble, Window};
@@ -60,10 +60,16 @@ impl Config {
     /// Moves a window.
     pub(super) fn execute(&self, field: &Field, window: &Window) -> Result<Report, MigrateError> {
         let part = field.region.to(window.to).range(window.range.clone());
-        let mut migration = field.engine.migrate(part).frames(self.frames);
+        let mut migration = field.engine.migrate(part);
         if !field.is_node_to_node() {
             migration = migration.even_if_there();
         }
+        self.options(migration).run()
+    }
+
+    /// Gives a move, or an exchange, its options.
+    pub(super) fn options(&self, migration: Move) -> Move {
+        let mut migration = migration.frames(self.frames);
         if let Some(order) = self.order {
             migration = migration.order(order);
         }
@@ -84,7 +90,23 @@ impl Config {
         if let Some(kernel) = self.kernel {
             migration = migration.kernel(kernel);
         }
-        migration.run()
+        migration
+    }
+
+    /// In a few words, for progress and troubles.
+    pub(super) fn describe(&self, folio: FolioSize) -> String {
+        let mut name = format!("{} {}", self.scenario, folio_name(folio));
+        let words = [self.order.map(order_name), self.division.map(division_name)];
+        for word in words.into_iter().flatten() {
+            name.push(' ');
+            name.push_str(word);
+        }
+        name.push(' ');
+        name.push_str(frames_name(self.frames));
+        if let Some(batch) = self.batch {
+            name.push_str(&format!(" in {} KiB", batch >> 10));
+        }
+        name
     }
 }
 
@@ -295,18 +317,7 @@ impl<'a> MoveCase<'a> {
 
 impl Case for MoveCase<'_> {
     fn name(&self) -> String {
-        let Config { scenario, order, division, frames, batch, .. } = &self.config;
-        let mut name = format!("{scenario} {}", folio_name(self.field.folio));
-        for word in [order.map(order_name), division.map(division_name)].into_iter().flatten() {
-            name.push(' ');
-            name.push_str(word);
-        }
-        name.push(' ');
-        name.push_str(frames_name(*frames));
-        if let Some(batch) = batch {
-            name.push_str(&format!(" in {} KiB", batch >> 10));
-        }
-        name
+        self.config.describe(self.field.folio)
     }
 
     fn measure(&mut self, lab: &Lab<'_>, warm_up: bool) -> Result<(), Trouble> {

@@ -1,16 +1,11 @@
 //! What a program feels: random readers and writers while their memory moves.
 //!
-//! Each access is timed by itself, the clock's cost included, and each word is checked. Readers
-//! read words that nobody writes; a writer reads a word of its own, compares it with what it
-//! wrote last, and writes the next version. So a lost write shows at once.
+//! Who reads and writes, and what is timed, is told in [`access`].
 //!
 //! Beside the moves, in the same rounds: *idle*, the same readers and writers alone; and *burnt*,
 //! with as many threads as the move had, that copy private memory for as much CPU time as the
 //! moves of this round took. The second is the fair control: moving costs CPU time however it
 //! is done, and a machine with no CPU to spare feels that first.
-//!
-//! The accesses follow each other without a pause (a closed loop): a stall counts once, however
-//! many accesses it held up. [`Felt::stalled_share`] says how much of the time stalls took.
 
 use std::cell::Cell;
 use std::sync::Barrier;
@@ -22,8 +17,9 @@ use anyhow::Context as _;
 use pageferry_copy::Kernel;
 use pageferry_sys::sched;
 
+use super::access;
 use super::config::{Account, Config, folio_name};
-use super::content::{Content, Owned, PAGE_WORDS, Random, Tally};
+use super::content::{Owned, Tally};
 use super::lab::{Case, Field, Lab, Trouble};
 use super::plan::Scenario;
 use super::probe::{Buffer, Words};
@@ -80,15 +76,6 @@ struct FeelCase<'a> {
     cpu: Duration,
 }
 
-/// What the accessors of one measurement have to say.
-struct Accesses {
-    readers: Latencies,
-    writers: Latencies,
-    wrong: u64,
-    owned: Vec<Owned>,
-    cpu: Duration,
-}
-
 impl Case for FeelCase<'_> {
     fn name(&self) -> String {
         let folio = folio_name(self.field.folio);
@@ -118,11 +105,11 @@ impl Case for FeelCase<'_> {
                     (
                         scope.spawn(move || {
                             start.wait();
-                            read(words, content, count, id, stop)
+                            access::read(words, content, count, id, stop)
                         }),
                         scope.spawn(move || {
                             start.wait();
-                            write(words, content, owned, stop)
+                            access::write(words, content, owned, stop)
                         }),
                     )
                 })
@@ -132,12 +119,12 @@ impl Case for FeelCase<'_> {
             let moved = go_on(&mut self.beside, field, self.duty, began + length, warm_up);
             stop.store(true, Ordering::Relaxed);
             let wall = began.elapsed();
-            (join(readers, writers), moved, wall)
+            (access::join(readers, writers), moved, wall)
         });
         let accesses = accesses?;
         let moved = moved?;
         let cpu = reading.elapsed().cpu().saturating_sub(accesses.cpu);
-        settle(field, words, &content, accesses.wrong, accesses.owned)?;
+        access::settle(field, words, &content, accesses.wrong, accesses.owned)?;
         if let Beside::Moving { .. } = self.beside {
             self.duty.add(cpu, wall);
         }
@@ -189,116 +176,9 @@ fn felt(latencies: &Latencies, wall: Duration) -> Option<Felt> {
         latency_us: latencies.quantiles()?,
         curve: latencies.curve(),
         accesses_per_s: latencies.count() as f64 / seconds,
-        stalled_share: latencies.stalled().as_secs_f64() / seconds,
+        stalled_share: latencies.stalled_share(),
+        preempted_share: latencies.preempted_share(),
     })
-}
-
-/// Reads random words that no writer owns, until told to stop.
-fn read(
-    words: Words<'_>,
-    content: Content,
-    writers: usize,
-    id: usize,
-    stop: &AtomicBool,
-) -> Result<(Latencies, u64, u64), Trouble> {
-    let mut latencies = latencies()?;
-    let mut random = Random::new(content.seed ^ (0x5eed << 8) ^ id as u64);
-    let taken: Vec<usize> = (0..writers).map(|w| Owned::new(w, PAGE_WORDS).index(0)).collect();
-    let mut wrong = 0;
-    // Relaxed: stopping publishes nothing, and needs to be seen soon, not at once.
-    while !stop.load(Ordering::Relaxed) {
-        let index = random.below(words.len());
-        if taken.contains(&(index % PAGE_WORDS)) {
-            continue;
-        }
-        let began = Instant::now();
-        let found = words.load(index);
-        latencies.record(began.elapsed());
-        wrong += u64::from(found != content.word(index, 0));
-    }
-    Ok((latencies, wrong, sched::thread_cpu_ns()))
-}
-
-/// Reads and rewrites owned words, until told to stop.
-fn write(
-    words: Words<'_>,
-    content: Content,
-    mut owned: Owned,
-    stop: &AtomicBool,
-) -> Result<(Latencies, u64, Owned, u64), Trouble> {
-    let mut latencies = latencies()?;
-    let mut random = Random::new(content.seed.rotate_left(9) ^ owned.index(0) as u64);
-    let mut wrong = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let page = random.below(owned.pages());
-        let index = owned.index(page);
-        let expected = owned.expected(page, &content);
-        let next = owned.next(page, &content);
-        // Reading back and writing are one access: the read finds the page cold or away, the
-        // write finds it protected.
-        let began = Instant::now();
-        let found = words.load(index);
-        words.store(index, next);
-        latencies.record(began.elapsed());
-        wrong += u64::from(found != expected);
-    }
-    Ok((latencies, wrong, owned, sched::thread_cpu_ns()))
-}
-
-fn latencies() -> Result<Latencies, Trouble> {
-    Latencies::new().map_err(|error| Trouble::Fail(error.to_string()))
-}
-
-type Reader<'scope> = thread::ScopedJoinHandle<'scope, Result<(Latencies, u64, u64), Trouble>>;
-type Writer<'scope> =
-    thread::ScopedJoinHandle<'scope, Result<(Latencies, u64, Owned, u64), Trouble>>;
-
-fn join(readers: Vec<Reader<'_>>, writers: Vec<Writer<'_>>) -> Result<Accesses, Trouble> {
-    let died = |_| Trouble::Fail("a reader or writer panicked".to_owned());
-    let mut all = Accesses {
-        readers: latencies()?,
-        writers: latencies()?,
-        wrong: 0,
-        owned: Vec::new(),
-        cpu: Duration::ZERO,
-    };
-    for reader in readers {
-        let (latencies, wrong, cpu) = reader.join().map_err(died)??;
-        all.readers.add(&latencies);
-        all.wrong += wrong;
-        all.cpu += Duration::from_nanos(cpu);
-    }
-    for writer in writers {
-        let (latencies, wrong, owned, cpu) = writer.join().map_err(died)??;
-        all.writers.add(&latencies);
-        all.wrong += wrong;
-        all.owned.push(owned);
-        all.cpu += Duration::from_nanos(cpu);
-    }
-    Ok(all)
-}
-
-/// Compares every word of the region, and makes it as it was before.
-fn settle(
-    field: &Field,
-    words: Words<'_>,
-    content: &Content,
-    wrong: u64,
-    owned: Vec<Owned>,
-) -> Result<(), Trouble> {
-    let mut lost = Vec::new();
-    if wrong > 0 {
-        lost.push(format!("{wrong} accesses saw a word that was not what had been written"));
-    }
-    for owned in owned {
-        if let Some((count, mismatch)) = owned.settle(words, content) {
-            lost.push(format!("{count} written words are lost, such as: {mismatch}"));
-        }
-    }
-    if !lost.is_empty() {
-        return Err(Trouble::Fail(lost.join("; ")));
-    }
-    field.check_all()
 }
 
 /// Moves, burns or waits until the time is over. Bytes moved, and in which time.

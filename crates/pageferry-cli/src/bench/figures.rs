@@ -75,6 +75,12 @@ impl Figures {
                 (live, of("sequential", Some("live"))),
             );
             self.ratio(format!("default_{name}_over_best"), (of("move_default", None), moved));
+            let exchanged = of("exchange", None);
+            self.ratio(format!("exchange_{name}_over_roofline"), (exchanged, roofline));
+            self.ratio(
+                format!("exchange_{name}_over_sequential"),
+                (exchanged, of("exchange_sequential", None)),
+            );
             self.ratio(format!("move_{name}_over_move_pages"), (moved, of("move_pages", None)));
             let fresh = |run: &&Run| {
                 run.scenario == "one_way_sequential"
@@ -190,6 +196,7 @@ fn losses(runs: &[Run]) -> Vec<Loss> {
         let baseline = match run.scenario.as_str() {
             "move" | "move_default" => "sequential",
             "one_way" => "one_way_sequential",
+            "exchange" => "exchange_sequential",
             "one_cpu" => "one_cpu_sequential",
             "busy" => "busy_sequential",
             "single" => "single_sequential",

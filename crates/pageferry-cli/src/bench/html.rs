@@ -173,8 +173,12 @@ fn tables(results: &Results, out: &mut String) -> fmt::Result {
         "max",
         "reader p99 us",
         "p99.9",
+        "time in &gt; 20 us",
+        "no CPU",
         "writer p99 us",
         "p99.9",
+        "time in &gt; 20 us",
+        "no CPU",
         "first folio us",
         "call us",
         "CPU s/GiB",
@@ -219,11 +223,13 @@ fn is_text(head: &str) -> bool {
     ["scenario", "order", "division", "frames", "engine", "note"].contains(&head)
 }
 
-fn cells(run: &Run) -> [String; 29] {
+fn cells(run: &Run) -> [String; 33] {
     let text = |t: &Option<String>| t.clone().unwrap_or_default();
     let num = |v: Option<f64>| v.map(number).unwrap_or_default();
-    let latency = |f: &Option<super::schema::Felt>| f.as_ref().map(|f| f.latency_us);
-    let (readers, writers) = (latency(&run.readers), latency(&run.writers));
+    let (readers, writers) = (run.readers.as_ref(), run.writers.as_ref());
+    let percent = |share: Option<f64>| {
+        share.map(|share| format!("{:.1} %", share * 100.0)).unwrap_or_default()
+    };
     let counters = run.per_gib;
     [
         run.scenario.replace('_', " "),
@@ -241,10 +247,14 @@ fn cells(run: &Run) -> [String; 29] {
         num(run.hole_us.map(|h| h.p50)),
         num(run.hole_us.map(|h| h.p99)),
         num(run.hole_us.map(|h| h.max)),
-        num(readers.map(|q| q.p99)),
-        num(readers.map(|q| q.p999)),
-        num(writers.map(|q| q.p99)),
-        num(writers.map(|q| q.p999)),
+        num(readers.map(|f| f.latency_us.p99)),
+        num(readers.map(|f| f.latency_us.p999)),
+        percent(readers.map(|f| f.stalled_share)),
+        percent(readers.map(|f| f.preempted_share)),
+        num(writers.map(|f| f.latency_us.p99)),
+        num(writers.map(|f| f.latency_us.p999)),
+        percent(writers.map(|f| f.stalled_share)),
+        percent(writers.map(|f| f.preempted_share)),
         num(run.first_folio_us),
         num(run.call_us),
         num(run.cpu_s_per_gib),

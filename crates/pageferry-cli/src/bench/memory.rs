@@ -80,7 +80,8 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
 fn allocations(config: &Config, field: &Field, bytes: usize) -> anyhow::Result<u64> {
     let window = field.window(bytes)?;
     let (report, count) = alloc::during(|| config.execute(field, &window));
-    report.context("cannot move")?;
+    let report = report.context("cannot move")?;
+    anyhow::ensure!(report.bytes_moved > 0, "no page was moved: {report}");
     field.moved(&window)?;
     Ok(count)
 }

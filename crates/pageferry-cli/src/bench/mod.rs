@@ -13,11 +13,13 @@
 //! Neighbours on the same machine add noise: take the ratios, not the rates. A cancelled run
 //! reports what it has, and says that it is not complete.
 
+mod access;
 mod alloc;
 mod charts;
 mod config;
 mod content;
 mod copying;
+mod exchange;
 mod feel;
 mod figures;
 mod html;
@@ -38,7 +40,6 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Context as _;
 use pageferry_copy::CopyEngine;
 
 pub(crate) use self::plan::BenchArgs;
@@ -48,7 +49,7 @@ use self::plan::{Plan, Scenario};
 use self::schema::{Results, SCHEMA_VERSION, Settings};
 use crate::cancel;
 use crate::exit::Exit;
-use crate::output::Context;
+use crate::output::{Context, Problem};
 
 pub(crate) fn run(args: BenchArgs, context: &Context) -> anyhow::Result<Exit> {
     if args.schema {
@@ -56,6 +57,8 @@ pub(crate) fn run(args: BenchArgs, context: &Context) -> anyhow::Result<Exit> {
         return Ok(Exit::Ok);
     }
     let plan = Plan::new(&args)?;
+    // A stdout that is closed is an error now, not after minutes.
+    context.print("")?;
     let lab = Lab::new(&plan, context)?;
     let mut results = measure(&lab)?;
     lab.end();
@@ -134,5 +137,13 @@ fn measure(lab: &Lab<'_>) -> anyhow::Result<Results> {
 }
 
 fn write(file: &Path, content: &str) -> anyhow::Result<()> {
-    fs::write(file, content).with_context(|| format!("cannot write {}", file.display()))
+    fs::write(file, content).map_err(|error| {
+        let problem = Problem {
+            what: format!("cannot write {}", file.display()),
+            because: error.to_string(),
+            remedy: "name a file that you may write to, on a file system with room".to_owned(),
+            exit: Exit::Failed,
+        };
+        problem.into()
+    })
 }

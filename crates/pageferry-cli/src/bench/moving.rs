@@ -1,6 +1,6 @@
 //! Moves by folio size, order, division, frames, threads and batch, beside the sequential move,
-//! the roofline and, where there are two nodes, the kernel's own move_pages(2); and the time to
-//! the first folio by batch size.
+//! exchanges, the roofline and, where there are two nodes, the kernel's own move_pages(2); and the
+//! time to the first folio by batch size.
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use pageferry_sys::usage;
 
 use super::config::{Config, Extent, MoveCase};
 use super::copying::{self, Buffers};
+use super::exchange::Pair;
 use super::lab::{Case, Field, Lab, Trouble};
 use super::plan::Scenario;
 use super::probe::Buffer;
@@ -35,6 +36,8 @@ fn fields(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<Vec<Field>> {
 /// The scenario `moves`.
 pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> {
     let fields = fields(lab, results)?;
+    let pairs: Vec<Pair> =
+        fields.iter().map(|field| Pair::new(lab, field.folio)).collect::<Result<_, _>>()?;
     let buffers = Buffers::new(lab)?;
     let kernels = other_kernels(lab);
     let mut cases = copying::roofline(lab, &buffers)?;
@@ -45,6 +48,7 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
             cases.push(case);
         }
     }
+    cases.extend(pairs.iter().flat_map(|pair| pair.cases(lab)));
     if !fields.first().is_some_and(Field::is_node_to_node) {
         let because = "one node: there is nowhere that the kernel could move a page to".to_owned();
         results.skipped.push(Skipped { what: "move_pages(2)".to_owned(), because });

@@ -16,7 +16,8 @@ pub(super) enum Scenario {
     Roofline,
     /// Every copy kernel, by threads and length of a copy
     Copy,
-    /// Moves by folio size, order, division, frames, threads and batch, beside the sequential move
+    /// Moves by folio size, order, division, frames, threads and batch, and exchanges, beside the
+    /// sequential move
     Moves,
     /// Time to the first folio, by batch size
     FirstFolio,
@@ -230,17 +231,20 @@ fn free() -> u64 {
     usage::available_bytes().unwrap_or(u64::MAX).min(group)
 }
 
-/// Bytes that a run with regions of `region` bytes needs: a region for each folio size and two
-/// copy buffers at once, fresh frames of a whole move, spare frames, the program.
+/// What is there at once, in regions: one for each folio size, two more of an eighth of it for the
+/// exchanges of each, two copy buffers, fresh frames of a whole move.
+const REGIONS_AT_ONCE: u64 = 6;
+
+/// Bytes that a run with regions of `region` bytes needs, with spare frames and the program.
 fn needed(region: u64) -> u64 {
-    region.saturating_mul(5).saturating_add(192 << 20)
+    region.saturating_mul(REGIONS_AT_ONCE).saturating_add(192 << 20)
 }
 
 fn region(mode: Mode, asked: Option<u64>, free: u64) -> Result<usize, Problem> {
     let (usual, least) = mode.region();
     let step = REGION_STEP as u64;
     let least = if asked.is_some() { step } else { least };
-    let largest = (free.saturating_sub(needed(0)) / 5) / step * step;
+    let largest = (free.saturating_sub(needed(0)) / REGIONS_AT_ONCE) / step * step;
     if largest < least {
         return Err(Problem::bad_input(
             format!("there is not enough free memory for regions of {}", human(least)),

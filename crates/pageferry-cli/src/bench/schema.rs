@@ -129,8 +129,12 @@ pub(super) struct Felt {
     pub(super) curve: Vec<Point>,
     /// Accesses per second, all threads of the kind together.
     pub(super) accesses_per_s: f64,
-    /// Share of the time that went by in accesses of more than 20 us, 0 to 1.
+    /// Share of the threads' time that went by in accesses of more than 20 us, 0 to 1, whatever held
+    /// them up: a page in the air, the page-table work of the move, or `preempted_share`.
     pub(super) stalled_share: f64,
+    /// The part of `stalled_share` in which another thread had the accessing thread's CPU, which
+    /// a move costs as any other work does: compare with that of `feel_burn`.
+    pub(super) preempted_share: f64,
 }
 
 /// Events for each GiB moved or copied, in the whole process.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use pageferry::Holes;
+use pageferry_sys::sched::Moment;
 use pageferry_sys::usage::{self, Usage};
 
 use super::schema::{Counters, Point, Quantiles, Spread};
@@ -18,6 +19,10 @@ pub(super) const STALL: Duration = Duration::from_micros(20);
 pub(super) fn gb_per_s(bytes: u64, wall: Duration) -> f64 {
     let seconds = wall.as_secs_f64();
     if seconds > 0.0 { bytes as f64 / 1e9 / seconds } else { 0.0 }
+}
+
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Microseconds.
@@ -48,19 +53,23 @@ pub(super) struct Latencies {
     histogram: Histogram<u64>,
     /// Nanoseconds in accesses longer than [`STALL`].
     stalled_ns: u64,
+    /// Those of them in which the thread had lost its CPU.
+    preempted_ns: u64,
+    /// Nanoseconds that the threads spent making accesses, their own work in between included.
+    threads_ns: u64,
 }
 
 impl Latencies {
     /// No latencies yet.
     pub(super) fn new() -> anyhow::Result<Self> {
         let histogram = Histogram::new_with_bounds(1, 120_000_000_000, 2)?;
-        Ok(Self { histogram, stalled_ns: 0 })
+        Ok(Self { histogram, stalled_ns: 0, preempted_ns: 0, threads_ns: 0 })
     }
 
     /// Records one.
     #[inline]
     pub(super) fn record(&mut self, latency: Duration) {
-        let ns = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        let ns = ns(latency);
         self.histogram.saturating_record(ns);
         if latency > STALL {
             self.stalled_ns = self.stalled_ns.saturating_add(ns);
@@ -81,6 +90,8 @@ impl Latencies {
         let added = self.histogram.add(&other.histogram);
         debug_assert!(added.is_ok());
         self.stalled_ns = self.stalled_ns.saturating_add(other.stalled_ns);
+        self.preempted_ns = self.preempted_ns.saturating_add(other.preempted_ns);
+        self.threads_ns = self.threads_ns.saturating_add(other.threads_ns);
     }
 
     /// How many there are.
@@ -88,9 +99,14 @@ impl Latencies {
         self.histogram.len()
     }
 
-    /// Time spent in stalls.
-    pub(super) fn stalled(&self) -> Duration {
-        Duration::from_nanos(self.stalled_ns)
+    /// Share of the threads' time in accesses longer than [`STALL`], whatever held them up.
+    pub(super) fn stalled_share(&self) -> f64 {
+        self.stalled_ns as f64 / self.threads_ns.max(1) as f64
+    }
+
+    /// The part of [`Latencies::stalled_share`] in which another thread had the CPU.
+    pub(super) fn preempted_share(&self) -> f64 {
+        self.preempted_ns as f64 / self.threads_ns.max(1) as f64
     }
 
     fn at(&self, quantile: f64) -> f64 {
@@ -121,6 +137,52 @@ impl Latencies {
         let mut points: Vec<_> = quantiles.into_iter().map(point).collect();
         points.push(point(1.0));
         points
+    }
+}
+
+/// Times the accesses of one thread, which makes it.
+#[derive(Debug)]
+pub(super) struct Timer {
+    latencies: Latencies,
+    began: Instant,
+    /// After the last long access.
+    last: Moment,
+}
+
+impl Timer {
+    /// Begins now.
+    pub(super) fn new() -> anyhow::Result<Self> {
+        Ok(Self { latencies: Latencies::new()?, began: Instant::now(), last: Moment::now() })
+    }
+
+    /// Times an access.
+    #[inline]
+    pub(super) fn time<T>(&mut self, access: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let result = access();
+        let latency = began.elapsed();
+        self.latencies.record(latency);
+        if latency > STALL {
+            self.long(latency);
+        }
+        result
+    }
+
+    /// Asks what held up an access. If the thread waited for a page as well, or lost its CPU in a
+    /// page fault that it then waited in, all of it counts as waiting.
+    #[cold]
+    fn long(&mut self, latency: Duration) {
+        // Losing the CPU makes an access long, so it happened in this one, or in the few
+        // instructions between accesses since the last that was.
+        let preempted = self.last.preempted_for().min(latency);
+        self.latencies.preempted_ns = self.latencies.preempted_ns.saturating_add(ns(preempted));
+        self.last = Moment::now();
+    }
+
+    /// What was timed; the thread makes no more accesses.
+    pub(super) fn end(mut self) -> Latencies {
+        self.latencies.threads_ns = ns(self.began.elapsed());
+        self.latencies
     }
 }
 
@@ -230,9 +292,20 @@ mod tests {
         assert!((found.p99 - 990.0).abs() < 10.0, "{found:?}");
         assert!((found.max - 1000.0).abs() < 10.0, "{found:?}");
         assert_eq!(found.count, 1000);
-        let stalled = latencies.stalled();
         let long: u64 = (21..=1000).sum();
-        assert_eq!(stalled, Duration::from_micros(long));
+        assert_eq!(latencies.stalled_ns, long * 1000);
+    }
+
+    #[test]
+    fn an_access_that_waits_is_long_but_not_preempted() {
+        let mut timer = Timer::new().expect("bounds");
+        // Sleeping gives the CPU up, as a page fault that waits does.
+        timer.time(|| std::thread::sleep(STALL * 50));
+        let latencies = timer.end();
+        assert_eq!(latencies.count(), 1);
+        let share = latencies.stalled_share();
+        assert!(0.0 < share && share <= 1.0, "{share}");
+        assert_eq!(latencies.preempted_share(), 0.0);
     }
 
     #[test]

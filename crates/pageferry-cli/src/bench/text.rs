@@ -4,6 +4,7 @@ use std::fmt::{self, Write as _};
 
 use super::figures::{self, FOLIOS, size};
 use super::schema::{Bound, Felt, Results, Run, Spread, Verdict};
+use super::stats::STALL;
 use crate::output::{BOLD, DIM, GREEN, RED, YELLOW};
 
 /// Everything, for a person.
@@ -96,8 +97,16 @@ fn copies(results: &Results, out: &mut String) -> fmt::Result {
 /// Copies and moves.
 fn throughput(results: &Results, out: &mut String) -> fmt::Result {
     copies(results, out)?;
-    const MOVES: [&str; 6] =
-        ["sequential", "move", "move_default", "one_way_sequential", "one_way", "move_pages"];
+    const MOVES: [&str; 8] = [
+        "sequential",
+        "move",
+        "move_default",
+        "exchange_sequential",
+        "exchange",
+        "one_way_sequential",
+        "one_way",
+        "move_pages",
+    ];
     for (folio, _) in FOLIOS {
         let of = |scenario: &str| {
             let is = |run: &&Run| run.scenario == scenario && run.folio_bytes == Some(folio);
@@ -118,7 +127,7 @@ fn throughput(results: &Results, out: &mut String) -> fmt::Result {
             let counters = run.per_gib;
             writeln!(
                 out,
-                "  {:<18} {:<6} {:<9} {:<11} {:<20} {:>2} thr {:>4}  {}  {:>6} {:>6}  {:>6}  {:>5} ({}) {} {} {}",
+                "  {:<19} {:<6} {:<9} {:<11} {:<20} {:>2} thr {:>4}  {}  {:>6} {:>6}  {:>6}  {:>5} ({}) {} {} {}",
                 run.scenario,
                 short(&run.order),
                 short(&run.division),
@@ -184,14 +193,28 @@ fn felt(results: &Results, out: &mut String) -> fmt::Result {
         }
         writeln!(
             out,
-            "\n{BOLD}what a program feels{BOLD:#}, {} folios: latency of an access in us, \
-             share of time in stalls; holes in us; the move's GB/s",
-            size(folio)
+            "\n{BOLD}what a program feels{BOLD:#}, {} folios: latency of an access in us; million \
+             accesses a second; > {} us: share of the time in accesses that took longer, whatever \
+             held them up; no CPU: the part of it in which another thread had the CPU; holes in \
+             us; the move's GB/s",
+            size(folio),
+            STALL.as_micros()
         )?;
         writeln!(
             out,
-            "  {DIM}{:<14} {:<9} {:>8} {:>8} {:>8} {:>9} {:>8} {:>7} | {:>7} {:>7} {:>8} | GB/s{DIM:#}",
-            "beside", "", "p50", "p99", "p99.9", "max", "M/s", "stalled", "p50", "p99", "max"
+            "  {DIM}{:<14} {:<9} {:>8} {:>8} {:>8} {:>9} {:>8} {:>7} {:>7} | {:>7} {:>7} {:>8} | GB/s{DIM:#}",
+            "beside",
+            "",
+            "p50",
+            "p99",
+            "p99.9",
+            "max",
+            "M/s",
+            format!("> {} us", STALL.as_micros()),
+            "no CPU",
+            "p50",
+            "p99",
+            "max"
         )?;
         for run in runs {
             let beside = match run.stall_budget_us {
@@ -199,18 +222,19 @@ fn felt(results: &Results, out: &mut String) -> fmt::Result {
                 None => run.scenario.trim_start_matches("feel_").to_owned(),
             };
             for (who, felt) in [("readers", &run.readers), ("writers", &run.writers)] {
-                let Some(Felt { latency_us: q, accesses_per_s, stalled_share, .. }) = felt else {
-                    continue;
-                };
+                let Some(felt) = felt else { continue };
+                let Felt { latency_us: q, accesses_per_s, stalled_share, preempted_share, .. } =
+                    felt;
                 write!(
                     out,
-                    "  {beside:<14} {who:<9} {:>8.2} {:>8.2} {:>8.1} {:>9.0} {:>8.2} {:>6.1}% |",
+                    "  {beside:<14} {who:<9} {:>8.2} {:>8.2} {:>8.1} {:>9.0} {:>8.2} {:>6.1}% {:>6.1}% |",
                     q.p50,
                     q.p99,
                     q.p999,
                     q.max,
                     accesses_per_s / 1e6,
-                    stalled_share * 100.0
+                    stalled_share * 100.0,
+                    preempted_share * 100.0
                 )?;
                 match run.hole_us.filter(|_| who == "readers") {
                     Some(hole) => writeln!(

@@ -6,12 +6,13 @@
 //! it (no coordinated omission). The time that the reference takes is left out.
 
 use super::corpus::Corpus;
-use super::postings::Full;
+use super::limits::no_thread;
+use super::tally::{Kind, Phase, Tally};
 use super::text::Grouped;
 use super::twin::{Query, SHARDS, Twin};
 use allocator_api2::alloc::Allocator;
-use hdrhistogram::Histogram;
-use std::sync::atomic::{AtomicU8, Ordering};
+use pageferry_sys::sched;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Part of its time that a thread works when nothing moves: `1 / REST`.
@@ -22,114 +23,6 @@ const PERIOD: (Duration, Duration) = (Duration::from_micros(200), Duration::from
 /// A sleeping thread wakes up late, by the timer slack (50 us, prctl(2)) and more; so it sleeps
 /// until this long before the next operation is due and spins then.
 const SPIN: Duration = Duration::from_micros(100);
-/// The longest latency told from longer ones: 100 s.
-const LONGEST_NS: u64 = 100_000_000_000;
-
-/// What happens to the memory meanwhile.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum Phase {
-    /// Nothing; the threads find their rate.
-    WarmUp,
-    /// Nothing.
-    Still,
-    /// The region is moved.
-    Moving,
-    /// The region is moved one folio at a time.
-    OneByOne,
-    /// The threads end.
-    Stop,
-}
-
-impl Phase {
-    /// The phases that are measured.
-    pub(super) const MEASURED: [Self; 3] = [Self::Still, Self::Moving, Self::OneByOne];
-
-    fn slot(self) -> Option<usize> {
-        Self::MEASURED.iter().position(|p| *p == self)
-    }
-
-    fn from_u8(raw: u8) -> Self {
-        [Self::WarmUp, Self::Still, Self::Moving, Self::OneByOne]
-            .into_iter()
-            .find(|p| *p as u8 == raw)
-            .unwrap_or(Self::Stop)
-    }
-}
-
-/// What a thread does; each has a histogram of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Documents with a word.
-    One,
-    /// Documents with two words.
-    Both,
-    /// Documents with a phrase.
-    Phrase,
-    /// A document is added.
-    Add,
-    /// A document is taken out.
-    Remove,
-}
-
-impl Kind {
-    /// The questions.
-    pub(super) const QUERIES: [Self; 3] = [Self::One, Self::Both, Self::Phrase];
-    /// The changes.
-    pub(super) const UPDATES: [Self; 2] = [Self::Add, Self::Remove];
-    const COUNT: usize = 5;
-}
-
-/// Latencies in ns and what the comparison of answers said.
-#[derive(Debug)]
-pub(super) struct Tally {
-    latencies: Vec<Histogram<u64>>,
-    /// Queries whose answers were compared, in all phases.
-    pub(super) compared: u64,
-    /// Of those, how many differed.
-    pub(super) differing: u64,
-    /// The first difference.
-    pub(super) difference: Option<String>,
-    /// Documents that could not be added for want of room.
-    pub(super) full: u64,
-}
-
-impl Tally {
-    fn new() -> Result<Self, hdrhistogram::CreationError> {
-        // Three digits: a quantile is exact to 0.1 %.
-        let empty = Histogram::new_with_bounds(1, LONGEST_NS, 3)?;
-        let latencies = vec![empty; Phase::MEASURED.len() * Kind::COUNT];
-        Ok(Self { latencies, compared: 0, differing: 0, difference: None, full: 0 })
-    }
-
-    fn record(&mut self, phase: Phase, kind: Kind, took: Duration) {
-        if let Some(slot) = phase.slot() {
-            let ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-            self.latencies[slot * Kind::COUNT + kind as usize].saturating_record(ns);
-        }
-    }
-
-    fn merge(&mut self, other: Self) -> Result<(), hdrhistogram::AdditionError> {
-        for (mine, theirs) in self.latencies.iter_mut().zip(&other.latencies) {
-            mine.add(theirs)?;
-        }
-        self.compared += other.compared;
-        self.differing += other.differing;
-        self.difference = self.difference.take().or(other.difference);
-        self.full += other.full;
-        Ok(())
-    }
-
-    /// The latencies of some kinds of operation in a phase.
-    pub(super) fn latencies(&self, phase: Phase, kinds: &[Kind]) -> Option<Histogram<u64>> {
-        let slot = phase.slot()?;
-        let mut all = Histogram::new_from(self.latencies.first()?);
-        for kind in kinds {
-            all.add(&self.latencies[slot * Kind::COUNT + *kind as usize]).ok()?;
-        }
-        Some(all)
-    }
-}
 
 /// A small generator (xorshift64*, Marsaglia 2003, Vigna 2016): the same work in every run.
 #[derive(Debug)]
@@ -159,11 +52,19 @@ pub(super) struct Load<'a, A: Allocator + Clone> {
     twin: &'a Twin<A>,
     corpus: &'a Corpus,
     phase: AtomicU8,
+    /// CPU time of the threads, each counted after every operation.
+    cpu_ns: AtomicU64,
 }
 
 impl<'a, A: Allocator + Clone + Send + Sync> Load<'a, A> {
     pub(super) fn new(twin: &'a Twin<A>, corpus: &'a Corpus) -> Self {
-        Self { twin, corpus, phase: AtomicU8::new(Phase::WarmUp as u8) }
+        Self { twin, corpus, phase: AtomicU8::new(Phase::WarmUp as u8), cpu_ns: AtomicU64::new(0) }
+    }
+
+    /// CPU time that the threads have used so far.
+    pub(super) fn cpu(&self) -> Duration {
+        // Relaxed: a sum that is read for itself.
+        Duration::from_nanos(self.cpu_ns.load(Ordering::Relaxed))
     }
 
     /// From now on the threads record under `phase`, or end.
@@ -193,7 +94,8 @@ impl<'a, A: Allocator + Clone + Send + Sync> Load<'a, A> {
                 let is_update = thread >= queries;
                 let name = if is_update { "demo-update" } else { "demo-query" };
                 let builder = std::thread::Builder::new().name(name.to_owned());
-                threads.push(builder.spawn_scoped(scope, move || self.work(thread, is_update))?);
+                let started = builder.spawn_scoped(scope, move || self.work(thread, is_update));
+                threads.push(started.map_err(|e| no_thread(&e))?);
             }
             let result = main();
             drop(end);
@@ -219,6 +121,7 @@ impl<'a, A: Allocator + Clone + Send + Sync> Load<'a, A> {
         let (mut busy, mut operations) = (Duration::ZERO, 0u32);
         let mut due = Instant::now();
         let mut last = Phase::WarmUp;
+        let mut cpu_ns = 0;
         loop {
             let phase = self.phase();
             if phase == Phase::Stop {
@@ -241,6 +144,9 @@ impl<'a, A: Allocator + Clone + Send + Sync> Load<'a, A> {
             }
             busy += start.elapsed();
             operations = operations.saturating_add(1);
+            let so_far = sched::thread_cpu_ns();
+            self.cpu_ns
+                .fetch_add(so_far - std::mem::replace(&mut cpu_ns, so_far), Ordering::Relaxed);
             due = if phase == Phase::WarmUp { Instant::now() } else { due + period };
         }
     }
@@ -323,7 +229,7 @@ impl<A: Allocator + Clone + Send + Sync> Worker<'_, '_, A> {
                 Some((Kind::Add, took))
             }
             // Nothing more is taken out until something fits again.
-            Err(Full) => {
+            Err(_) => {
                 self.tally.full += 1;
                 None
             }
@@ -343,7 +249,7 @@ mod tests {
             corpus.add(&format!("page {i} of folio {} on node {}", i / 7, i % 3));
         }
         let twin = Twin::new_in(&Global);
-        twin.fill(&corpus, 1, || twin.documents() >= 200, || {});
+        twin.fill(&corpus, 1, || twin.documents() >= 200, || {})?;
         let (before, load) = (twin.documents(), Load::new(&twin, &corpus));
         let ((), tally) = load.run(2, 1, || {
             for phase in Phase::MEASURED {
@@ -357,21 +263,8 @@ mod tests {
         })?;
         assert!(tally.compared > 0);
         assert_eq!((tally.differing, tally.difference), (0, None));
-        assert_eq!(twin.compare().differing, 0);
-        Ok(())
-    }
-
-    #[test]
-    fn latencies_are_kept_by_phase_and_kind() -> anyhow::Result<()> {
-        let mut tally = Tally::new()?;
-        tally.record(Phase::Moving, Kind::Add, Duration::from_micros(5));
-        tally.record(Phase::WarmUp, Kind::Add, Duration::from_secs(1));
-        tally.record(Phase::Still, Kind::One, Duration::MAX);
-        let count = |phase, kinds: &[Kind]| tally.latencies(phase, kinds).map(|h| h.len());
-        assert_eq!(count(Phase::Moving, &Kind::UPDATES), Some(1));
-        assert_eq!(count(Phase::Moving, &Kind::QUERIES), Some(0));
-        assert_eq!(count(Phase::Still, &Kind::QUERIES), Some(1));
-        assert_eq!(count(Phase::WarmUp, &Kind::UPDATES), None);
+        assert_eq!(twin.compare(|_| {}).differing, 0);
+        assert!(load.cpu() > Duration::ZERO);
         Ok(())
     }
 

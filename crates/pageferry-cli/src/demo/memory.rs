@@ -1,7 +1,7 @@
 //! How much memory the demo may take, and amounts as people write them.
 
+use super::limits::Supply;
 use crate::output::Problem;
-use std::path::Path;
 
 const MIB: u64 = 1 << 20;
 
@@ -11,8 +11,8 @@ const USUAL: u64 = 256 * MIB;
 const LEAST: u64 = 4 * MIB;
 /// The largest index: room for positions is counted in 32 bits.
 const MOST: u64 = 64 << 30;
-/// What is needed besides the index: the engine's frames, buffers, the program.
-const BESIDES: u64 = 96 * MIB;
+/// Memory that is needed besides the index: the engine's frames, buffers, the program.
+pub(super) const BESIDES: u64 = 128 * MIB;
 
 /// Bytes of text that are read for an index of `size` bytes. With 1.5 bytes of index for a byte of
 /// text (measured on documentation) a text this long goes in about one and a half times.
@@ -26,70 +26,41 @@ pub(super) fn region_bytes(size: u64) -> u64 {
     (size * 2).next_multiple_of(2 * MIB)
 }
 
-/// Memory needed for an index of `size` bytes: it and its reference, each with half as much again
-/// for what growing leaves behind, and the words of the text.
-fn needed(size: u64) -> u64 {
-    2 * (size + size / 2) + size / 2 + BESIDES
+/// The size of the index: what was asked for, or what memory and limits suggest.
+pub(super) fn size(asked: Option<u64>, queries: u16, sizes: u64) -> Result<u64, Problem> {
+    // Where nobody says how much there is, allocation itself will.
+    choose(asked, &Supply::all(queries, sizes))
 }
 
-/// The size of the index: what was asked for, or what this machine's memory suggests.
-pub(super) fn size(asked: Option<u64>) -> Result<u64, Problem> {
-    choose(asked, available())
-}
-
-fn choose(asked: Option<u64>, available: Option<u64>) -> Result<u64, Problem> {
-    // Where nobody says how much memory there is, allocation itself will.
-    let available = available.unwrap_or(u64::MAX);
-    let fits = |size: &u64| needed(*size) <= available;
+fn choose(asked: Option<u64>, supplies: &[Supply]) -> Result<u64, Problem> {
+    let short = |size: u64| supplies.iter().find(|s| s.needed(size) > s.left);
     let largest = || {
         let sizes = std::iter::successors(Some(MOST), |size| Some(size / 4 * 3));
-        sizes.take_while(|size| *size >= LEAST).find(fits).map(|size| size / MIB * MIB)
+        let mut sizes = sizes.take_while(|size| *size >= LEAST).chain([LEAST]);
+        sizes.find(|size| short(*size).is_none()).map(|size| size / MIB * MIB)
     };
-    let too_little = |size: u64, remedy: String| {
-        Problem::bad_input(
-            format!("not enough memory for an index of {}", iec(size)),
-            format!("it takes {}, and {} is available", iec(needed(size)), iec(available)),
-            remedy,
-        )
-    };
-    match (asked, largest()) {
-        (Some(size), _) if fits(&size) => Ok(size),
-        (None, Some(largest)) => Ok(largest.min(USUAL)),
-        (Some(size), Some(largest)) => {
-            let largest = largest / MIB;
-            Err(too_little(size, format!("use --size {largest}M or less, or free some memory")))
-        }
-        (_, None) => {
-            let size = asked.unwrap_or(LEAST);
-            Err(too_little(size, "free some memory, or raise the memory limit".to_owned()))
-        }
+    let size = asked.unwrap_or(USUAL);
+    let Some(supply) = short(size) else { return Ok(size) };
+    let largest = largest();
+    if let (None, Some(largest)) = (asked, largest) {
+        return Ok(largest);
     }
-}
-
-/// Memory that this process can have without swapping: what the kernel estimates
-/// (`MemAvailable`, proc(5)) or what the limits of its cgroups leave, if that is less.
-fn available() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let own = groups.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or_default();
-    Some(cgroup_left(Path::new("/sys/fs/cgroup"), own).map_or(kib * 1024, |b| b.min(kib * 1024)))
-}
-
-/// What `memory.max` leaves in the cgroup `own` and those above it (cgroup v2).
-fn cgroup_left(root: &Path, own: &str) -> Option<u64> {
-    let number = |folder: &Path, file: &str| -> Option<u64> {
-        std::fs::read_to_string(folder.join(file)).ok()?.trim().parse().ok()
+    // Nothing fits: what is short for the least index is what must be mended.
+    let (size, supply) = match (asked, short(LEAST)) {
+        (None, Some(supply)) => (LEAST, supply),
+        _ => (size, supply),
     };
-    let left = |folder: &Path| {
-        // "max" is no number: no limit here.
-        let max = number(folder, "memory.max")?;
-        let used = number(folder, "memory.current")?;
-        Some(max.saturating_sub(used))
+    let (needed, left) = (iec(supply.needed(size)), iec(supply.left));
+    let Supply { name, has, remedy, .. } = supply;
+    let remedy = match largest {
+        Some(largest) => format!("use --size {}M or less, or {remedy}", largest / MIB),
+        None => (*remedy).to_owned(),
     };
-    let own = root.join(own);
-    own.ancestors().take_while(|folder| folder.starts_with(root)).filter_map(left).min()
+    Err(Problem::bad_input(
+        format!("not enough {name} for an index of {}", iec(size)),
+        format!("it takes up to {needed}, and {left} {has}"),
+        remedy,
+    ))
 }
 
 /// Reads an amount: a number with K, M or G (powers of 1024), between the bounds of an index.
@@ -171,39 +142,40 @@ mod tests {
 
     #[test]
     fn the_index_is_as_large_as_memory_allows() {
-        assert_eq!(choose(None, None).ok(), Some(USUAL));
-        assert_eq!(choose(None, Some(16 << 30)).ok(), Some(USUAL));
-        let small = choose(None, Some(300 * MIB)).ok();
+        let choose = |asked, left| choose(asked, &[Supply::memory(left)]).ok();
+        assert_eq!(super::choose(None, &[]).ok(), Some(USUAL));
+        assert_eq!(choose(None, 16 << 30), Some(USUAL));
+        let small = choose(None, 300 * MIB);
+        let needed = |size| Supply::memory(0).needed(size);
         assert!(small.is_some_and(|s| s >= 32 * MIB && needed(s) <= 300 * MIB), "{small:?}");
-        assert_eq!(choose(Some(512 * MIB), Some(16 << 30)).ok(), Some(512 * MIB));
+        assert_eq!(choose(Some(512 * MIB), 16 << 30), Some(512 * MIB));
     }
 
     #[test]
-    fn too_little_memory_is_named_with_a_size_that_would_fit() {
-        let problem = choose(Some(1 << 30), Some(1 << 30)).err();
+    fn what_is_short_is_named_with_a_size_that_would_fit() {
+        let memory = Supply::memory(1 << 30);
+        let problem = choose(Some(1 << 30), std::slice::from_ref(&memory)).err();
         let problem = problem.map(|p| (p.what, p.remedy)).unwrap_or_default();
         assert_eq!(problem.0, "not enough memory for an index of 1 GiB");
         let size = problem.1.strip_prefix("use --size ").and_then(|r| r.split(' ').next());
         let size = size.and_then(|s| parse(s).ok());
-        assert!(size.is_some_and(|s| needed(s) <= 1 << 30), "{size:?}");
-        assert!(choose(None, Some(50 * MIB)).is_err());
+        assert!(size.is_some_and(|s| memory.needed(s) <= 1 << 30), "{size:?}");
     }
 
     #[test]
-    fn the_tightest_cgroup_above_counts() -> std::io::Result<()> {
-        let root = tempfile::tempdir()?;
-        let inner = root.path().join("a/b");
-        std::fs::create_dir_all(&inner)?;
-        let write = |path: &Path, max: &str, current: &str| {
-            std::fs::write(path.join("memory.max"), max)?;
-            std::fs::write(path.join("memory.current"), current)
+    fn where_nothing_fits_the_remedy_is_to_have_more() {
+        let limit = Supply {
+            name: "address space",
+            has: "is left by the limit".into(),
+            remedy: "raise the limit",
+            left: 50 * MIB,
+            fixed: 60 * MIB,
+            for_two: 8,
         };
-        write(&inner, "max\n", "5\n")?;
-        assert_eq!(cgroup_left(root.path(), "a/b"), None);
-        write(&root.path().join("a"), "1000\n", "400\n")?;
-        assert_eq!(cgroup_left(root.path(), "a/b"), Some(600));
-        write(&inner, "100\n", "400\n")?;
-        assert_eq!(cgroup_left(root.path(), "a/b"), Some(0));
-        Ok(())
+        let problem = choose(None, &[Supply::memory(16 << 30), limit]).err();
+        let problem = problem.map(|p| (p.what, p.because, p.remedy)).unwrap_or_default();
+        assert_eq!(problem.0, "not enough address space for an index of 4 MiB");
+        assert_eq!(problem.1, "it takes up to 76 MiB, and 50 MiB is left by the limit");
+        assert_eq!(problem.2, "raise the limit");
     }
 }

@@ -2,54 +2,63 @@
 //!
 //! It reads text, builds an inverted index of it in managed memory ([`index`], [`twin`]), lets
 //! threads ask and update the index ([`load`]), and has the memory moved under them ([`moving`]),
-//! by the engine as it comes and one folio at a time, with times of rest between: in turn, several
-//! times, so that whatever else the machine does falls on all three alike. The same index in
-//! ordinary memory tells what every answer must be. In the end it says what was felt, what was
-//! moved, and whether anything differed ([`report`]).
+//! by the engine as it comes and one folio at a time. Between the moves nothing moves, once at rest
+//! and once with as much CPU time burnt as moving took ([`burn`]): in turn, several times
+//! ([`rounds`]). The same index in ordinary memory tells what every answer must be. In the end it
+//! says what was felt, what was moved, and whether anything differed ([`report`]).
 //!
 //! What must always hold: no address in the region is given to a system call while it moves, so
 //! that it works in user-mode-only form, for users without rights. Locks, histograms, answers and
 //! everything that is printed live in ordinary memory.
 
+mod burn;
 mod corpus;
+mod holes;
 mod index;
 #[cfg(test)]
 mod index_tests;
+mod limits;
 mod load;
+mod look;
 mod memory;
 mod moving;
 mod postings;
+mod progress;
 mod report;
+mod report_text;
+mod rounds;
+mod tally;
 mod text;
 mod twin;
 
 use crate::cancel;
 use crate::cli::JsonArg;
 use crate::exit::Exit;
-use crate::output::{Context, DIM, Problem, YELLOW};
+use crate::output::{Context, Problem, YELLOW};
 use anyhow::Context as _;
+use burn::Control;
 use clap::{Args, ValueEnum, ValueHint};
 use corpus::Corpus;
-use indicatif::{ProgressBar, ProgressStyle};
-use load::{Kind, Load, Phase, Tally};
+use load::Load;
 use moving::{Mover, Route};
 use pageferry::{BuildError, Engine, Folios, IoPins, Region, RegionAlloc, Rights};
-use report::{Answers, DemoReport, Felt, IndexSize, Moved, SCHEMA};
+use pageferry_copy::CopyEngine as _;
+use progress::Progress;
+use report::{Answers, DemoReport, Felt, IndexSize, Moved, Setting};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use twin::Twin;
+use std::time::Duration;
+use tally::{Kind, Tally};
+use twin::{Filled, NoRoom, Twin};
 
-/// Seconds of a round (rest, move, move one by one) at most; there are three at least where there
-/// is time for them.
-const ROUND: u32 = 3;
-/// How long the threads look for their rate.
-const WARM_UP: Duration = Duration::from_millis(400);
 /// Threads that update.
 const UPDATES: usize = 1;
 /// Frames are kept this long: through the times of rest.
 const KEEP_FRAMES: Duration = Duration::from_secs(60);
+/// Stripes of a mixed region at most, and so of mappings that it consists of (a process has 65530:
+/// vm.max_map_count).
+const STRIPES: usize = 64;
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
@@ -89,11 +98,19 @@ enum FolioKind {
     Base,
     /// 2 MiB pages where the kernel has them
     Huge,
-    /// Both: half of the index in huge pages, half in base pages
+    /// Both: half of the index in huge pages, half in base pages, in stripes
     Mixed,
 }
 
 impl FolioKind {
+    /// Folio sizes for which the engine has frames.
+    fn sizes(self) -> u64 {
+        match self {
+            Self::Base => 1,
+            Self::Huge | Self::Mixed => 2,
+        }
+    }
+
     fn describe(self) -> &'static str {
         match self {
             Self::Base => "base pages",
@@ -107,66 +124,30 @@ pub(crate) fn run(args: DemoArgs, context: &Context) -> anyhow::Result<Exit> {
     if let Some(dir) = &args.dir {
         check_folder(dir)?;
     }
-    let size = memory::size(args.size)?;
+    let size = memory::size(args.size, args.threads, args.folios.sizes())?;
     let engine = build_engine(args.user_mode_only)?;
-    let stage = Stage::new(context)?;
-
-    let corpus = read(args.dir, size, &stage)?;
-    if cancel::requested() {
-        note("cancelled while reading; nothing was moved");
-        return Ok(Exit::Cancelled);
-    }
     let route = Route::on(engine.machine(), memory::region_bytes(size))
         .context("this machine shows no node with memory")?;
-    let region = map(&engine, size, route, args.folios)?;
-    let alloc = RegionAlloc::new(Arc::clone(&region));
-    let twin = Twin::new_in(&alloc);
-    fill(&twin, &corpus, &alloc, size, &stage)?;
-    let editions = ratio(twin.documents(), corpus.documents.len() as u64).unwrap_or(0.0);
-
-    let mut mover = Mover::new(engine.clone(), Arc::clone(&region), route);
-    let queries = usize::from(args.threads);
-    let load = Load::new(&twin, &corpus);
-    let (moved, tally) =
-        load.run(queries, UPDATES, || rounds(&load, &mut mover, args.seconds, &stage))?;
-    stage.bar.finish_and_clear();
-    moved?;
-
-    stage.begin("comparing all of the index", 0);
-    let scan = twin.compare();
-    stage.bar.finish_and_clear();
-    let residency = region.residency()?;
-    let (moved, one_by_one) = (Moved::from(&mover.by_engine), Moved::from(&mover.one_by_one));
-    let rates = (moved.gb_per_s, one_by_one.gb_per_s);
-    let report = DemoReport {
-        schema: SCHEMA,
-        text: corpus.taken.clone(),
-        index: IndexSize {
-            bytes: alloc.used_bytes() as u64,
-            region_bytes: region.len() as u64,
-            present_bytes: residency.iter().map(|r| r.bytes).sum(),
-            documents: twin.documents(),
-            editions,
-        },
+    let setting = Setting {
         route,
         memory_nodes: engine.machine().memory_nodes().count(),
         user_mode_only: engine.rights() == Rights::UserModeOnly,
         folios: args.folios.describe(),
-        query_threads: queries,
-        ratio: (rates.1 > 0.0).then(|| rates.0 / rates.1),
-        moved,
-        one_folio_at_a_time: one_by_one,
-        queries: Felt::new(&tally, &Kind::QUERIES),
-        updates: Felt::new(&tally, &Kind::UPDATES),
-        updates_without_room: tally.full,
-        answers: answers(tally),
-        scan,
-        physical_pages: mover.frames,
-        cancelled: cancel::requested(),
+        query_threads: args.threads.into(),
+        wanted_bytes: size,
     };
+    let progress = Progress::new(context)?;
+    let corpus = read(args.dir.clone(), size, &progress)?;
+    let mut report = DemoReport::new(setting, corpus.taken.clone());
+    if cancel::requested() {
+        note("cancelled while reading; nothing was moved");
+    } else {
+        demonstrate(&args, &engine, route, &corpus, &progress, &mut report)?;
+    }
+    report.cancelled = cancel::requested();
     if args.json.json {
         context.print_json(&report)?;
-    } else {
+    } else if !report.cancelled || report.index.documents > 0 {
         context.print(&report)?;
     }
     Ok(match (report.is_right(), report.cancelled) {
@@ -174,6 +155,53 @@ pub(crate) fn run(args: DemoArgs, context: &Context) -> anyhow::Result<Exit> {
         (true, true) => Exit::Cancelled,
         (true, false) => Exit::Ok,
     })
+}
+
+/// Indexes the text, has it moved while it is used, and adds what came of it to the report.
+fn demonstrate(
+    args: &DemoArgs,
+    engine: &Engine,
+    route: Route,
+    corpus: &Corpus,
+    progress: &Progress,
+    report: &mut DemoReport,
+) -> anyhow::Result<()> {
+    let size = report.index.wanted_bytes;
+    let region = map(engine, size, route, args.folios)?;
+    let alloc = RegionAlloc::new(Arc::clone(&region));
+    let twin = Twin::new_in(&alloc);
+    let filled = fill(&twin, corpus, &alloc, size, progress)?;
+
+    let mut mover = Mover::new(engine.clone(), Arc::clone(&region), route);
+    let mut control = Control::new(engine.cpu().capabilities().max_parallel)?;
+    let load = Load::new(&twin, corpus);
+    let measure = || rounds::run(&load, &mut mover, &mut control, args.seconds, progress);
+    let (moved, tally) = load.run(args.threads.into(), UPDATES, measure)?;
+    moved?;
+
+    let bar = progress.begin("comparing all of the index", twin::SHARDS as u64);
+    report.scan = twin.compare(|shards| bar.set_position(shards as u64));
+    bar.finish_and_clear();
+    report.index = IndexSize {
+        bytes: alloc.used_bytes() as u64,
+        wanted_bytes: size,
+        region_bytes: region.len() as u64,
+        present_bytes: region.residency()?.iter().map(|r| r.bytes).sum(),
+        documents: twin.documents(),
+        editions: ratio(filled.documents, corpus.documents.len() as u64).unwrap_or(0.0),
+        text_used_up: filled.used_up,
+    };
+    report.moved = Moved::from(&mover.by_engine);
+    report.one_folio_at_a_time = Moved::from(&mover.one_by_one);
+    let rates = (report.moved.gb_per_s, report.one_folio_at_a_time.gb_per_s);
+    report.ratio = (rates.1 > 0.0).then(|| rates.0 / rates.1);
+    report.queries = Felt::new(&tally, &Kind::QUERIES);
+    report.updates = Felt::new(&tally, &Kind::UPDATES);
+    report.burnt_cpu = control.result();
+    report.updates_without_room = tally.full;
+    report.answers = answers(tally);
+    report.physical_pages = mover.frames;
+    Ok(())
 }
 
 fn check_folder(dir: &Path) -> Result<(), Problem> {
@@ -212,14 +240,14 @@ fn note(text: impl std::fmt::Display) {
     let _ = writeln!(anstream::stderr(), "{text}");
 }
 
-fn read(dir: Option<PathBuf>, size: u64, stage: &Stage) -> Result<Corpus, Problem> {
+fn read(dir: Option<PathBuf>, size: u64, progress: &Progress) -> Result<Corpus, Problem> {
     let limit = memory::text_bytes(size);
-    stage.begin("reading text", limit);
+    let bar = progress.begin("reading text", limit);
     let given = dir.is_some();
     let folders = dir.map_or_else(corpus::usual_folders, |dir| vec![dir]);
     let names: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
-    let corpus = Corpus::read(folders, limit, |bytes| stage.bar.set_position(bytes));
-    stage.bar.finish_and_clear();
+    let corpus = Corpus::read(folders, limit, |bytes| bar.set_position(bytes));
+    bar.finish_and_clear();
     if !corpus.documents.is_empty() || cancel::requested() {
         return Ok(corpus);
     }
@@ -250,10 +278,14 @@ fn map(engine: &Engine, size: u64, route: Route, folios: FolioKind) -> anyhow::R
     let options = engine.map(bytes).folios(whole).prefer(route.home()).io_pins(IoPins::Never);
     let region = options.build()?;
     if let FolioKind::Mixed = folios {
-        // The allocator fills the region from the front, and an index takes about half of it.
-        let half = (bytes / 4).next_multiple_of(pageferry::HUGE);
-        region.advise(0..half, Folios::Huge)?;
-        region.advise(half..bytes, Folios::Base)?;
+        // The allocator fills the region from the front: in stripes both kinds are used, however
+        // far it comes.
+        let stripe = (bytes / STRIPES).next_multiple_of(pageferry::HUGE);
+        for (start, folios) in
+            (0..bytes).step_by(stripe).zip([Folios::Huge, Folios::Base].into_iter().cycle())
+        {
+            region.advise(start..(start + stripe).min(bytes), folios)?;
+        }
     }
     Ok(Arc::new(region))
 }
@@ -263,79 +295,42 @@ fn fill(
     corpus: &Corpus,
     alloc: &RegionAlloc,
     size: u64,
-    stage: &Stage,
-) -> anyhow::Result<()> {
-    stage.begin("building the index twice", size);
+    progress: &Progress,
+) -> Result<Filled, Problem> {
+    let bar = progress.begin("building the index twice", size);
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(twin::SHARDS);
     let used = || alloc.used_bytes() as u64;
-    let filled = twin.fill(corpus, threads, || used() >= size, || stage.bar.set_position(used()));
-    stage.bar.finish_and_clear();
-    if filled.documents == 0 && !cancel::requested() {
-        return Err(Problem {
-            what: "the index could not be built".into(),
-            because: "not even one document fits into the region".into(),
-            remedy: "use a larger --size".into(),
-            exit: Exit::Failed,
-        }
-        .into());
-    }
-    if filled.full {
-        note(format_args!("{DIM}the region is full at an index of {}{DIM:#}", memory::iec(used())));
-    }
-    Ok(())
-}
-
-/// The measured part: rest, move, move one by one, in turn.
-fn rounds(
-    load: &Load<'_, RegionAlloc>,
-    mover: &mut Mover,
-    seconds: u32,
-    stage: &Stage,
-) -> anyhow::Result<()> {
-    let total = Duration::from_secs(seconds.into());
-    let rounds = (seconds / ROUND).max(seconds.min(3));
-    let slice = total / (rounds * 3);
-    let start = Instant::now() + WARM_UP;
-    let length = u64::try_from(total.as_millis()).unwrap_or(u64::MAX);
-    stage.begin("warming up", length);
-    let glance = || {
-        let passed = start.elapsed().as_millis();
-        stage.bar.set_position(u64::try_from(passed).unwrap_or(length).min(length));
+    let filled = twin.fill(corpus, threads, || used() >= size, || bar.set_position(used()));
+    bar.finish_and_clear();
+    let filled = filled.map_err(|e| limits::no_thread(&e))?;
+    let failed = |because: String, remedy: &str| Problem {
+        what: "the index could not be built".into(),
+        because,
+        remedy: remedy.into(),
+        exit: Exit::Failed,
     };
-    rest(WARM_UP, &glance);
-    for _ in 0..rounds {
-        for phase in Phase::MEASURED {
-            if cancel::requested() {
-                return Ok(());
-            }
-            stage.bar.set_message(match phase {
-                Phase::Moving => "moving the index",
-                Phase::OneByOne => "moving it one folio at a time",
-                _ => "nothing moves",
-            });
-            load.enter(phase);
-            let end = Instant::now() + slice;
-            match phase {
-                Phase::Moving => mover.move_until(end, glance)?,
-                Phase::OneByOne => mover.one_by_one_until(end, glance)?,
-                _ => rest(slice, &glance),
-            }
+    match filled.no_room {
+        // What follows needs memory too: better to end here than in the middle of it.
+        Some(NoRoom::Reference) => Err(failed(
+            format!(
+                "the system refused memory for its reference at {} of {}",
+                memory::iec(used()),
+                memory::iec(size)
+            ),
+            "use a smaller --size, or raise this process's limits (ulimit -v, ulimit -d, the \
+             cgroup's memory.max)",
+        )),
+        Some(NoRoom::Managed) if filled.documents == 0 => {
+            Err(failed("not even one document fits into the region".into(), "use a larger --size"))
         }
-    }
-    Ok(())
-}
-
-/// Lets time pass, in steps short enough to notice that the user cancels.
-fn rest(time: Duration, glance: &impl Fn()) {
-    const STEP: Duration = Duration::from_millis(50);
-    let end = Instant::now() + time;
-    while !cancel::requested() {
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            break;
+        Some(NoRoom::Managed) => {
+            note(format_args!(
+                "{YELLOW}notice:{YELLOW:#} the region is full at an index of {}",
+                memory::iec(used())
+            ));
+            Ok(filled)
         }
-        std::thread::sleep(left.min(STEP));
-        glance();
+        None => Ok(filled),
     }
 }
 
@@ -350,24 +345,4 @@ fn answers(tally: Tally) -> Answers {
 #[allow(clippy::cast_precision_loss, reason = "rounded to be read")]
 fn ratio(a: u64, b: u64) -> Option<f64> {
     (b > 0).then(|| a as f64 / b as f64)
-}
-
-/// The progress bar, one stage after another.
-struct Stage {
-    bar: ProgressBar,
-}
-
-impl Stage {
-    fn new(context: &Context) -> anyhow::Result<Self> {
-        let bar = if context.progress { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        let style = ProgressStyle::with_template("{msg:<30} {wide_bar} {percent:>3} %");
-        bar.set_style(style.context("progress bar")?);
-        Ok(Self { bar })
-    }
-
-    fn begin(&self, what: &'static str, length: u64) {
-        self.bar.set_message(what);
-        self.bar.set_length(length);
-        self.bar.reset();
-    }
 }

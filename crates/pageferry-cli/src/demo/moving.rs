@@ -7,11 +7,12 @@
 //! While a move is under way, nothing here hands an address of the region to the kernel: physical
 //! addresses are read before and after, by number.
 
+use super::holes::HoleCounts;
+use super::look::{Frames, Look};
 use crate::cancel;
 use anyhow::Context as _;
-use pageferry::{Division, Engine, Order, Outcome, Region, Report};
+use pageferry::{DEFAULT_STALL_BUDGET, Division, Engine, Order, Outcome, Region, Report};
 use pageferry_copy::Kernel;
-use pageferry_sys::pagemap::{Entry, Pagemap};
 use pageferry_topology::{Machine, NodeId};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -22,8 +23,8 @@ use std::time::{Duration, Instant};
 /// Bytes of one move of the baseline: large enough that beginning and ending it is nothing beside
 /// its folios, small enough that it ends soon when its time is over.
 const PIECE: usize = 8 << 20;
-/// Pages whose physical addresses are looked at, evenly over the region.
-const SAMPLES: usize = 1024;
+/// How long a range may be away, as the moves of the engine are told.
+pub(super) const STALL_BUDGET: Duration = DEFAULT_STALL_BUDGET;
 /// How often a move under way is looked at.
 const GLANCE: Duration = Duration::from_millis(2);
 
@@ -83,8 +84,8 @@ pub(super) struct Sum {
     pub(super) rounds: Vec<f64>,
     /// Bytes that are there and did not move, by reason.
     pub(super) stayed: BTreeMap<Outcome, u64>,
-    /// The longest time from detach to attach.
-    pub(super) longest_hole: Duration,
+    /// Times from detach to attach.
+    pub(super) holes: HoleCounts,
 }
 
 impl Sum {
@@ -93,7 +94,7 @@ impl Sum {
         self.bytes += report.bytes_moved;
         self.elapsed += report.elapsed;
         self.cpu += report.cpu_time();
-        self.longest_hole = self.longest_hole.max(report.holes.longest);
+        self.holes.add(&report.holes);
         for (outcome, bytes) in report.by_outcome() {
             if !outcome.is_settled() && outcome != Outcome::Cancelled {
                 *self.stayed.entry(outcome).or_default() += bytes;
@@ -111,17 +112,6 @@ impl Sum {
 #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
 fn rate(bytes: u64, elapsed: Duration) -> f64 {
     if elapsed.is_zero() { 0.0 } else { bytes as f64 / 1e9 / elapsed.as_secs_f64() }
-}
-
-/// What physical addresses say about moves.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct Frames {
-    /// Pages looked at before and after a move.
-    pub(super) sampled: u64,
-    /// Of those, pages with another physical address afterwards.
-    pub(super) changed: u64,
-    /// The kernel does not show physical addresses to this user.
-    pub(super) hidden: bool,
 }
 
 /// See the module.
@@ -156,16 +146,9 @@ impl Mover {
     /// at from outside too.
     pub(super) fn move_until(&mut self, end: Instant, glance: impl Fn()) -> anyhow::Result<()> {
         let (bytes, elapsed) = (self.by_engine.bytes, self.by_engine.elapsed);
-        let before = self.physical();
-        self.move_all(&glance)?;
-        let after = self.physical();
-        self.frames.hidden |= before.is_none();
-        for pair in before.iter().flatten().zip(after.iter().flatten()) {
-            if let (Some(before), Some(after)) = pair {
-                self.frames.sampled += 1;
-                self.frames.changed += u64::from(before != after);
-            }
-        }
+        let before = Look::at(&self.region)?;
+        let report = self.move_all(&glance)?;
+        self.frames.add(&before, &Look::at(&self.region)?, &report);
         while Instant::now() < end && !cancel::requested() {
             self.move_all(&glance)?;
         }
@@ -174,9 +157,9 @@ impl Mover {
         Ok(())
     }
 
-    fn move_all(&mut self, glance: &impl Fn()) -> anyhow::Result<()> {
+    fn move_all(&mut self, glance: &impl Fn()) -> anyhow::Result<Report> {
         let to = self.route.ends()[usize::from(!self.away)];
-        let mut migrate = self.engine.migrate(self.region.to(to));
+        let mut migrate = self.engine.migrate(self.region.to(to)).stall_budget(STALL_BUDGET);
         if let Route::Frames { .. } = self.route {
             migrate = migrate.even_if_there();
         }
@@ -194,7 +177,7 @@ impl Mover {
         if !report.cancelled {
             self.away = !self.away;
         }
-        Ok(())
+        Ok(report)
     }
 
     /// Moves piece after piece of the region, there and back, one folio at a time, until `end`,
@@ -239,23 +222,5 @@ impl Mover {
         let report = migrate.run().context("moving the index one folio at a time failed")?;
         self.one_by_one.add(&report);
         Ok(())
-    }
-
-    /// Frame numbers of pages spread over the region; `None` where the kernel hides them.
-    fn physical(&self) -> Option<Vec<Option<u64>>> {
-        let pagemap = Pagemap::open().ok()?;
-        let page = pageferry_sys::page_size();
-        let pages = self.region.len() / page;
-        let step = (pages / SAMPLES).max(1);
-        let mut present = false;
-        let mut frames = Vec::with_capacity(SAMPLES + 1);
-        for index in (0..pages).step_by(step) {
-            let mut entry = [Entry(0)];
-            pagemap.entries(self.region.addr() + index * page, &mut entry).ok()?;
-            present |= entry[0].present();
-            frames.push(entry[0].pfn());
-        }
-        // Hidden numbers read as zero, for all pages that are there.
-        (!present || frames.iter().any(Option::is_some)).then_some(frames)
     }
 }

@@ -13,12 +13,16 @@ use super::text::{Grouped, Vocabulary};
 use crate::cancel;
 use allocator_api2::alloc::{Allocator, Global};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 /// How many shards there are: more than threads that want one on a small machine, and few enough
 /// that a query, which asks them all, stays short.
 pub(super) const SHARDS: usize = 8;
+
+/// How often a text goes in at most. A text of one KiB so often makes about the least index that is
+/// worth moving; a smaller one makes a smaller index, and not millions of documents all alike.
+pub(super) const EDITIONS: u32 = 1000;
 
 /// A document in a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,13 +84,24 @@ pub(super) struct Asked {
     pub(super) difference: Option<String>,
 }
 
+/// Which memory has no room for a document.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoRoom {
+    /// The region.
+    Managed,
+    /// Ordinary memory: the system gives this process no more.
+    Reference,
+}
+
 /// How far filling came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Filled {
     /// Documents added.
     pub(super) documents: u64,
-    /// The memory had no room for more.
-    pub(super) full: bool,
+    /// What had no room for more.
+    pub(super) no_room: Option<NoRoom>,
+    /// The text went in [`EDITIONS`] times, and that was not enough.
+    pub(super) used_up: bool,
 }
 
 /// See the module.
@@ -117,52 +132,64 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
         self.shards[shard].write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds the corpus, again and again, until `is_enough` or the memory is full or the user
-    /// cancels, with `threads` threads. `progress` is called now and then.
+    /// Adds the corpus, again and again, until `is_enough`, a memory is full, the user cancels or
+    /// it went in [`EDITIONS`] times, with `threads` threads. `progress` is called now and then.
+    ///
+    /// # Errors
+    /// A thread could not be started; what the others added by then is in the indexes.
     pub(super) fn fill(
         &self,
         corpus: &Corpus,
         threads: usize,
         is_enough: impl Fn() -> bool + Sync,
         progress: impl Fn() + Sync,
-    ) -> Filled {
-        let (enough, full) = (AtomicBool::new(false), AtomicBool::new(false));
+    ) -> std::io::Result<Filled> {
+        let (enough, no_room) = (AtomicBool::new(false), OnceLock::new());
         let documents = AtomicU64::new(0);
-        // Relaxed everywhere: flags that need only be seen soon, and a sum read after the join.
-        let work = |thread: usize| {
+        // Relaxed everywhere: a flag that need only be seen soon, and a sum read after the join.
+        let once = |thread: usize, grouped: &mut Grouped| {
+            for (number, document) in (0..).zip(&corpus.documents) {
+                let shard = number as usize % SHARDS;
+                if shard % threads != thread {
+                    continue;
+                }
+                if enough.load(Ordering::Relaxed) {
+                    break;
+                }
+                grouped.set(document);
+                match self.add(shard, number, grouped, &corpus.vocabulary) {
+                    Ok(_) => _ = documents.fetch_add(1, Ordering::Relaxed),
+                    Err(which) => _ = no_room.set(which),
+                }
+                if no_room.get().is_some() || cancel::requested() || is_enough() {
+                    enough.store(true, Ordering::Relaxed);
+                }
+                progress();
+            }
+        };
+        let work = |thread| {
             let mut grouped = Grouped::default();
-            while !enough.load(Ordering::Relaxed) {
-                for (number, document) in (0..).zip(&corpus.documents) {
-                    let shard = number as usize % SHARDS;
-                    if shard % threads != thread {
-                        continue;
-                    }
-                    if enough.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    grouped.set(document);
-                    match self.add(shard, number, &grouped, &corpus.vocabulary) {
-                        Ok(_) => _ = documents.fetch_add(1, Ordering::Relaxed),
-                        Err(Full) => full.store(true, Ordering::Relaxed),
-                    }
-                    let stop = full.load(Ordering::Relaxed) || cancel::requested() || is_enough();
-                    if stop {
-                        enough.store(true, Ordering::Relaxed);
-                    }
-                    progress();
+            for _ in 0..EDITIONS {
+                if enough.load(Ordering::Relaxed) {
+                    break;
                 }
-                if corpus.documents.len() <= thread {
-                    break; // nothing to do for this thread, ever
-                }
+                once(thread, &mut grouped);
             }
         };
         std::thread::scope(|scope| {
             for thread in 1..threads {
-                scope.spawn(move || work(thread));
+                let builder = std::thread::Builder::new().name("demo-fill".to_owned());
+                let started = builder.spawn_scoped(scope, move || work(thread));
+                started.inspect_err(|_| enough.store(true, Ordering::Relaxed))?;
             }
             work(0);
-        });
-        Filled { documents: documents.into_inner(), full: full.into_inner() }
+            Ok::<_, std::io::Error>(())
+        })?;
+        Ok(Filled {
+            documents: documents.into_inner(),
+            no_room: no_room.into_inner(),
+            used_up: !enough.into_inner(),
+        })
     }
 
     /// Asks both indexes and compares.
@@ -192,19 +219,24 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
         document: u32,
         grouped: &Grouped,
         vocabulary: &Vocabulary,
-    ) -> Result<Duration, Full> {
+    ) -> Result<Duration, NoRoom> {
         let start = Instant::now();
         let mut locked = self.write(shard);
         let Shard { managed, reference, members, next } = &mut *locked;
-        let (id, after) = (*next, next.checked_add(1).ok_or(Full)?);
-        let added = managed.add(id, grouped, vocabulary);
+        // An index that has used up its numbers takes no more, as if it were full.
+        let (id, after) = (*next, next.checked_add(1).ok_or(NoRoom::Managed)?);
+        let added = managed.add(id, grouped, vocabulary).map_err(|Full| NoRoom::Managed);
         let took = start.elapsed();
         // The number is spent in any case: what is taken out again leaves dead entries with it.
         *next = after;
-        if let Err(full) = added.and_then(|()| reference.add(id, grouped, vocabulary)) {
+        let added = added.and_then(|()| {
+            members.try_reserve(1).map_err(|_| NoRoom::Reference)?;
+            reference.add(id, grouped, vocabulary).map_err(|Full| NoRoom::Reference)
+        });
+        if let Err(which) = added {
             managed.remove(id, grouped, vocabulary);
             reference.remove(id, grouped, vocabulary);
-            return Err(full);
+            return Err(which);
         }
         members.push(Member { id, document });
         Ok(took)
@@ -245,12 +277,13 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
         (0..SHARDS).map(|shard| self.read(shard).members.len() as u64).sum()
     }
 
-    /// Compares everything in both indexes.
-    pub(super) fn compare(&self) -> Comparison {
+    /// Compares everything in both indexes. `progress` is told how many shards are done.
+    pub(super) fn compare(&self, progress: impl Fn(usize)) -> Comparison {
         let mut all = Comparison::default();
         for shard in 0..SHARDS {
             let locked = self.read(shard);
             all += locked.managed.compare(&locked.reference);
+            progress(shard + 1);
         }
         all
     }
@@ -271,6 +304,7 @@ mod tests {
     fn filled(corpus: &Corpus, documents: u64, threads: usize) -> (Twin<Global>, Filled) {
         let twin = Twin::new_in(&Global);
         let filled = twin.fill(corpus, threads, || twin.documents() >= documents, || {});
+        let Ok(filled) = filled else { panic!("a thread can be started") };
         (twin, filled)
     }
 
@@ -281,8 +315,8 @@ mod tests {
             let (twin, filled) = filled(&corpus, 90, threads);
             assert!(filled.documents >= 90 && filled.documents < 90 + threads as u64);
             assert_eq!(twin.documents(), filled.documents);
-            assert!(!filled.full);
-            assert_eq!(twin.compare().differing, 0);
+            assert_eq!((filled.no_room, filled.used_up), (None, false));
+            assert_eq!(twin.compare(|_| {}).differing, 0);
         }
     }
 
@@ -292,6 +326,17 @@ mod tests {
         corpus.add("one document");
         let (twin, _) = filled(&corpus, 5, 4);
         assert_eq!(twin.documents(), 5);
+    }
+
+    #[test]
+    fn a_text_goes_in_so_often_and_no_more() {
+        let mut corpus = Corpus::default();
+        corpus.add("word");
+        for threads in [1, 3] {
+            let (twin, filled) = filled(&corpus, u64::MAX, threads);
+            assert_eq!(twin.documents(), u64::from(EDITIONS));
+            assert_eq!((filled.no_room, filled.used_up), (None, true));
+        }
     }
 
     #[test]
@@ -306,7 +351,7 @@ mod tests {
         assert!(twin.remove(3, member, &grouped, &corpus.vocabulary).is_none(), "gone already");
         assert_eq!(twin.documents(), filled.documents - 1);
         assert!(twin.add(3, member.document, &grouped, &corpus.vocabulary).is_ok());
-        assert_eq!(twin.compare().differing, 0);
+        assert_eq!(twin.compare(|_| {}).differing, 0);
     }
 
     #[test]
@@ -323,6 +368,6 @@ mod tests {
         assert_eq!(asked.differing, 1);
         let difference = asked.difference.unwrap_or_default();
         assert!(difference.starts_with("\"of the pool\" in shard 5"), "{difference}");
-        assert!(twin.compare().differing > 0);
+        assert!(twin.compare(|_| {}).differing > 0);
     }
 }

@@ -73,6 +73,15 @@ impl Host {
         line.split_ascii_whitespace().next()?.parse().ok()
     }
 
+    /// Files that this process has open; the standard three if that cannot be seen.
+    pub(super) fn open_files(&self) -> u64 {
+        let path = self.root.join("proc/self/fd");
+        let Ok(entries) = fs::read_dir(&path) else { return 3 };
+        // Looking needs one itself.
+        let looking = u64::from(path.starts_with("/proc"));
+        (entries.count() as u64).saturating_sub(looking)
+    }
+
     /// The directories of this process's cgroup (v2), from its own up to the
     /// root; `None` where there is only cgroup v1, whose limits are not looked at.
     pub(super) fn cgroups(&self) -> Option<Vec<String>> {

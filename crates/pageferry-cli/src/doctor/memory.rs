@@ -1,4 +1,4 @@
-//! Memory settings: huge pages, nodes, balancing, overcommit, limits, KSM.
+//! Memory settings: huge pages, nodes, balancing, overcommit, control group, KSM.
 
 use pageferry_topology::Machine;
 
@@ -11,7 +11,8 @@ const THP: &str = "sys/kernel/mm/transparent_hugepage";
 /// Frames for a few batches; a pool that gets less cannot work ahead.
 const LITTLE_MEMORY: u64 = 256 << 20;
 
-pub(super) fn checks(host: &Host) -> Vec<Check> {
+/// The checks, and how many nodes have memory.
+pub(super) fn checks(host: &Host) -> (Vec<Check>, usize) {
     let mut checks = vec![huge_pages(host), defrag(host), khugepaged(host)];
     let nodes = match Machine::read_from(host.root()) {
         Ok(machine) => {
@@ -29,11 +30,9 @@ pub(super) fn checks(host: &Host) -> Vec<Check> {
     };
     checks.push(balancing(host, nodes));
     checks.push(overcommit(host));
-    checks.push(locked(host));
-    checks.push(open_files(host));
     checks.push(cgroup_memory(host));
     checks.push(ksm(host));
-    checks
+    (checks, nodes)
 }
 
 fn huge_pages(host: &Host) -> Check {
@@ -132,33 +131,6 @@ fn overcommit(host: &Host) -> Check {
     }
 }
 
-/// Default since 5.16 (`MLOCK_LIMIT` in include/uapi/linux/resource.h).
-const USUAL_MEMLOCK: u64 = 8 << 20;
-
-fn locked(host: &Host) -> Check {
-    const ID: &str = "limit-memlock";
-    match host.soft_limit("Max locked memory") {
-        Some(bytes) if bytes < USUAL_MEMLOCK => Check::warn(
-            ID,
-            format!("{}: programs with locked or pinned buffers run out soon", size(bytes)),
-            "ulimit -l 8192, or LimitMEMLOCK= in the service",
-        ),
-        Some(bytes) => Check::ok(ID, size(bytes)),
-        None => Check::ok(ID, "unlimited"),
-    }
-}
-
-fn open_files(host: &Host) -> Check {
-    const ID: &str = "limit-nofile";
-    match host.soft_limit("Max open files") {
-        Some(count) if count < 256 => {
-            Check::warn(ID, format!("{count} open files"), "ulimit -n 1024")
-        }
-        Some(count) => Check::ok(ID, format!("{count} open files")),
-        None => Check::ok(ID, "unlimited"),
-    }
-}
-
 fn cgroup_memory(host: &Host) -> Check {
     const ID: &str = "cgroup-memory";
     let left = |group: &String| {
@@ -221,23 +193,18 @@ mod tests {
             ("sys/kernel/mm/ksm/run", "1\n"),
             ("proc/sys/vm/overcommit_memory", "2\n"),
             ("proc/sys/kernel/numa_balancing", "2\n"),
-            (
-                "proc/self/limits",
-                "Max locked memory 65536 65536 bytes\nMax open files 64 64 files\n",
-            ),
             ("proc/self/cgroup", "0::/a/b\n"),
             ("sys/fs/cgroup/a/b/memory.max", "max\n"),
             ("sys/fs/cgroup/a/memory.max", "104857600\n"),
             ("sys/fs/cgroup/a/memory.current", "52428800\n"),
         ]);
         let mut found = vec![huge_pages(&host), defrag(&host), khugepaged(&host), ksm(&host)];
-        found.extend([overcommit(&host), balancing(&host, 2), locked(&host), open_files(&host)]);
-        found.push(cgroup_memory(&host));
+        found.extend([overcommit(&host), balancing(&host, 2), cgroup_memory(&host)]);
         for check in &found {
             assert_eq!(check.status, Status::Warn, "{check:?}");
             assert!(check.remedy.is_some(), "{check:?}");
         }
-        assert!(found[8].found.starts_with("50 MiB left"), "{:?}", found[8]);
+        assert!(found[6].found.starts_with("50 MiB left"), "{:?}", found[6]);
     }
 
     #[test]

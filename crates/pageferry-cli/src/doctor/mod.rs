@@ -12,12 +12,14 @@
 mod cpu;
 mod host;
 mod kernel;
+mod limits;
 mod memory;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
+use pageferry_sys::affinity;
 use serde::Serialize;
 
 use crate::cli::JsonArg;
@@ -84,7 +86,9 @@ struct Report {
 pub(crate) fn run(args: &DoctorArgs, context: &Context) -> anyhow::Result<Exit> {
     let host = Host::new(&args.root);
     let mut checks = kernel::checks(&host);
-    checks.extend(memory::checks(&host));
+    let (of_memory, nodes) = memory::checks(&host);
+    checks.extend(of_memory);
+    checks.extend(limits::checks(&host, nodes, affinity::allowed_cpus().len()));
     checks.extend(cpu::checks(&host));
     let status = checks.iter().map(|check| check.status).max().unwrap_or(Status::Ok);
     let report = Report { schema_version: 1, status, checks };
