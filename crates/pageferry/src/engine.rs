@@ -113,6 +113,22 @@ impl Inner {
         }
     }
 
+    /// Whether a range holds memory that a mover itself uses: some of the engine's own, of what the
+    /// allocator gives now, or of the caller's stack. It would wait for itself.
+    ///
+    /// This finds whole heaps and stacks; that a mover uses nothing else of a region is in the
+    /// contract of [`Engine::adopt`] and [`RegionAlloc`](crate::RegionAlloc).
+    pub(crate) fn is_used_by_movers(&self, range: &Range<usize>) -> bool {
+        let (on_stack, on_heap) = (0u8, Box::new(0u8));
+        let used = [
+            std::ptr::from_ref(self).addr(),
+            Arc::as_ptr(&self.ctx).addr(),
+            std::ptr::from_ref(&on_stack).addr(),
+            std::ptr::from_ref(&*on_heap).addr(),
+        ];
+        used.iter().any(|address| range.contains(address))
+    }
+
     /// Tells the housekeeping thread that there is something to do.
     pub(crate) fn rouse(&self) {
         *self.housekeeping.0.lock() = true;
@@ -429,13 +445,15 @@ impl Engine {
     /// Manages memory that is there already: private, anonymous, writable.
     ///
     /// # Errors
-    /// [`RegionError`]: not aligned, or empty.
+    /// [`RegionError`]: not aligned, empty, managed already, or a heap or stack in use.
     ///
     /// # Safety
     /// The range stays mapped, and private anonymous memory, until the region is dropped, but for
     /// parts that the program unmaps or replaces knowing that a move may then report them as
     /// [`Gone`](crate::Outcome::Gone). No other userfaultfd watches it. With [`IoPins::Never`], no
-    /// device is given access to it. If a [`RegionAlloc`](crate::RegionAlloc) is made over it, the
+    /// device is given access to it. No thread that moves pages (by [`Move::run`], or one of the
+    /// engine's own) needs it to go on: it holds no stack, and nothing that the program's global
+    /// allocator gives out. If a [`RegionAlloc`](crate::RegionAlloc) is made over it, the
     /// program uses it for nothing else.
     pub unsafe fn adopt(
         &self,

@@ -69,6 +69,18 @@ pub enum RegionError {
     /// The preferred node does not exist or has no memory.
     #[error(transparent)]
     Node(#[from] NodeError),
+    /// Nothing is mapped at address 0.
+    #[error("memory to adopt begins at a null pointer: give the address of a mapping")]
+    Null,
+    /// Memory to adopt is (in part) managed already.
+    #[error("{0:#x?} overlaps a region of this engine: memory has one owner, adopt other memory")]
+    Managed(Range<usize>),
+    /// Memory to adopt is what a mover works with.
+    #[error(
+        "{0:#x?} holds the engine's own memory or the caller's stack, which a move would wait for \
+         itself: adopt memory that was mapped for data"
+    )]
+    OwnMemory(Range<usize>),
     /// The kernel refused.
     #[error("{what} failed: {source}; free memory or address space (ulimit -v, overcommit)")]
     Kernel {
@@ -120,6 +132,12 @@ pub enum MigrateError {
     /// The two sides of an exchange overlap.
     #[error("both sides of the exchange contain address {0:#x}: exchange disjoint ranges")]
     SameOnBothSides(usize),
+    /// The region holds what the mover itself works with.
+    #[error(
+        "the region at {0:#x?} holds the engine's own memory or the caller's stack, which the move \
+         would wait for itself: call from another stack, and allocate with another allocator"
+    )]
+    OwnMemory(Range<usize>),
     /// The region belongs to another engine.
     #[error("the region was made by another engine: move it with that one")]
     OtherEngine,

@@ -147,11 +147,21 @@ impl Region {
         len: usize,
         io_pins: IoPins,
     ) -> Result<Self, RegionError> {
+        if start == 0 {
+            return Err(RegionError::Null);
+        }
         let Some(end) = start.checked_add(len).filter(|_| len > 0) else {
             return Err(RegionError::Size(len));
         };
         if !start.is_multiple_of(page_size()) || !len.is_multiple_of(page_size()) {
             return Err(RegionError::Unaligned(start..end));
+        }
+        let managed = engine.inner.regions.lock().iter().any(|part| part.overlaps(&(start..end)));
+        if managed {
+            return Err(RegionError::Managed(start..end));
+        }
+        if engine.inner.is_used_by_movers(&(start..end)) {
+            return Err(RegionError::OwnMemory(start..end));
         }
         let region = Self {
             engine,
@@ -210,9 +220,12 @@ impl Region {
     /// [`Folios::Mixed`] leaves it as it was advised before.
     ///
     /// # Errors
-    /// [`RegionError::Foreign`], or what `madvise(2)` says.
+    /// [`RegionError::Foreign`], [`RegionError::Unaligned`], or what `madvise(2)` says.
     pub fn advise(&self, range: Range<usize>, folios: Folios) -> Result<(), RegionError> {
         self.within(&range)?;
+        if !range.start.is_multiple_of(page_size()) || !range.end.is_multiple_of(page_size()) {
+            return Err(RegionError::Unaligned(range));
+        }
         let advice = match folios {
             Folios::Base => Advice::NoHugePage,
             Folios::Huge => Advice::HugePage,

@@ -57,6 +57,11 @@ impl Part {
         self
     }
 
+    /// Whether its region has memory in the range.
+    pub(crate) fn overlaps(&self, range: &Range<usize>) -> bool {
+        overlap(&self.home, range)
+    }
+
     /// The same, to go elsewhere.
     pub(crate) fn toward(&self, to: NodeId) -> Self {
         Self { to, ..self.clone() }
@@ -228,15 +233,19 @@ impl Move {
     /// [`MigrateError`]: nothing was touched (but for [`MigrateError::Panicked`]).
     pub fn run(self) -> Result<Report, MigrateError> {
         let prepared = self.prepare()?;
-        prepared.run()
+        let claimed = prepared.claim()?;
+        prepared.run(claimed)
     }
 
     /// Moves on a thread of its own.
     ///
     /// # Errors
-    /// [`MigrateError`], as far as it can be known before the move's turn has come.
+    /// [`MigrateError`], as far as it can be known before the move's turn has come. With
+    /// [`Overlap::Refuse`], a range that another move has is known at once.
     pub fn start(self) -> Result<Handle, MigrateError> {
         let prepared = self.prepare()?;
+        // Now, so that a call made after this one finds the range taken.
+        let claimed = prepared.try_claim()?;
         let shared = Arc::new(Shared {
             control: Arc::clone(&prepared.job.control),
             state: Mutex::new(State { result: None, waker: None, done: false }),
@@ -246,7 +255,10 @@ impl Move {
         std::thread::Builder::new()
             .name("pf-move".into())
             .spawn(move || {
-                let result = prepared.run();
+                let result = match claimed {
+                    Some(claimed) => prepared.run(claimed),
+                    None => prepared.claim().and_then(|claimed| prepared.run(claimed)),
+                };
                 let waker = {
                     let mut state = theirs.state.lock();
                     state.result = Some(result);
@@ -282,8 +294,9 @@ impl Move {
         }
         let threads = self.threads.unwrap_or(inner.threads);
         if threads == 0 || threads > inner.threads {
+            let value = format!("{threads} (the engine has {})", inner.threads);
             let reason = "1 up to the threads that the engine was built with";
-            return Err(bad("threads", threads.to_string(), reason));
+            return Err(bad("threads", value, reason));
         }
         let mut legs = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
@@ -291,14 +304,15 @@ impl Move {
                 return Err(MigrateError::OtherEngine);
             }
             inner.machine.memory_node(part.to)?;
+            if inner.is_used_by_movers(&part.home) {
+                return Err(MigrateError::OwnMemory(part.home.clone()));
+            }
             legs.push(part.check()?);
         }
-        if let [one, other] = &legs[..] {
-            for range in &one.ranges {
-                if let Some(both) = other.ranges.iter().find(|r| overlap(r, range)) {
-                    return Err(MigrateError::SameOnBothSides(range.start.max(both.start)));
-                }
-            }
+        if let [one, other] = &legs[..]
+            && let Some(both) = first_in_both(&one.ranges, &other.ranges)
+        {
+            return Err(MigrateError::SameOnBothSides(both));
         }
         let homes: Vec<_> = self.parts.iter().map(|p| p.home.clone()).collect();
         let total = legs.iter().flat_map(|l| &l.ranges).map(|r| r.len() as u64).sum();
@@ -337,6 +351,22 @@ impl Move {
     }
 }
 
+/// The first address that is in both lists, each in ascending order and disjoint.
+fn first_in_both(one: &[Range<usize>], other: &[Range<usize>]) -> Option<usize> {
+    let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
+    while let (Some(a), Some(b)) = (one.peek(), other.peek()) {
+        if overlap(a, b) {
+            return Some(a.start.max(b.start));
+        }
+        if a.end <= b.end {
+            one.next()
+        } else {
+            other.next()
+        };
+    }
+    None
+}
+
 /// A move that has been checked.
 struct Prepared {
     engine: Engine,
@@ -348,12 +378,15 @@ struct Prepared {
 }
 
 /// The claim on a range, given up when dropped.
-struct Claimed<'e>(&'e Prepared);
+struct Claimed {
+    engine: Engine,
+    control: Arc<Control>,
+}
 
-impl Drop for Claimed<'_> {
+impl Drop for Claimed {
     fn drop(&mut self) {
-        let inner = &self.0.engine.inner;
-        inner.claims.lock().retain(|c| !Arc::ptr_eq(&c.control, &self.0.job.control));
+        let inner = &self.engine.inner;
+        inner.claims.lock().retain(|c| !Arc::ptr_eq(&c.control, &self.control));
         *inner.last_move.lock() = Instant::now();
         inner.released.notify_all();
         inner.rouse();
@@ -361,31 +394,46 @@ impl Drop for Claimed<'_> {
 }
 
 impl Prepared {
-    fn claim(&self) -> Result<Claimed<'_>, MigrateError> {
+    /// Claims the range, when it is free.
+    fn claim(&self) -> Result<Claimed, MigrateError> {
         let inner = &self.engine.inner;
         let mut claims = inner.claims.lock();
         loop {
-            // Relaxed: read and written under the lock.
-            if self.gone.iter().any(|gone| gone.load(Ordering::Relaxed)) {
-                return Err(MigrateError::RegionGone);
-            }
-            let taken = claims
-                .iter()
-                .flat_map(|c| &c.ranges)
-                .find_map(|theirs| self.blocks.iter().find(|ours| overlap(theirs, ours)).cloned());
-            match (taken, self.overlap) {
-                (None, _) => break,
-                (Some(range), Overlap::Refuse) => return Err(MigrateError::Overlapping(range)),
-                (Some(_), Overlap::Wait) => inner.released.wait(&mut claims),
+            match self.claim_now(&mut claims)? {
+                Some(claimed) => return Ok(claimed),
+                None => inner.released.wait(&mut claims),
             }
         }
-        claims.push(Claim { ranges: self.blocks.clone(), control: Arc::clone(&self.job.control) });
-        Ok(Claimed(self))
     }
 
-    fn run(&self) -> Result<Report, MigrateError> {
+    /// Claims the range if it is free.
+    fn try_claim(&self) -> Result<Option<Claimed>, MigrateError> {
+        self.claim_now(&mut self.engine.inner.claims.lock())
+    }
+
+    fn claim_now(&self, claims: &mut Vec<Claim>) -> Result<Option<Claimed>, MigrateError> {
+        // Relaxed: read and written under the lock.
+        if self.gone.iter().any(|gone| gone.load(Ordering::Relaxed)) {
+            return Err(MigrateError::RegionGone);
+        }
+        let taken = claims
+            .iter()
+            .flat_map(|c| &c.ranges)
+            .find_map(|theirs| self.blocks.iter().find(|ours| overlap(theirs, ours)).cloned());
+        match (taken, self.overlap) {
+            (Some(range), Overlap::Refuse) => Err(MigrateError::Overlapping(range)),
+            (Some(_), Overlap::Wait) => Ok(None),
+            (None, _) => {
+                let control = Arc::clone(&self.job.control);
+                let ranges = self.blocks.clone();
+                claims.push(Claim { ranges, control: Arc::clone(&control) });
+                Ok(Some(Claimed { engine: self.engine.clone(), control }))
+            }
+        }
+    }
+
+    fn run(&self, _claimed: Claimed) -> Result<Report, MigrateError> {
         let inner = &self.engine.inner;
-        let _claimed = self.claim()?;
         // Relaxed: a counter for display.
         inner.moves.fetch_add(1, Ordering::Relaxed);
         let moved = catch_unwind(AssertUnwindSafe(|| self.job.run(&self.blocks)));
@@ -488,5 +536,25 @@ impl Future for Handle {
         assert!(!state.done, "a handle gives its report once");
         state.waker = Some(cx.waker().clone());
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ranges() -> impl Strategy<Value = Vec<Range<usize>>> {
+        let range = (0usize..200, 1usize..20).prop_map(|(start, len)| start..start + len);
+        proptest::collection::vec(range, 0..20).prop_map(normalize)
+    }
+
+    proptest! {
+        #[test]
+        fn the_first_address_in_both_lists_is_found(one in ranges(), other in ranges()) {
+            let within = |list: &[Range<usize>], at| list.iter().any(|r| r.contains(&at));
+            let slow = (0..300).find(|&at| within(&one, at) && within(&other, at));
+            prop_assert_eq!(first_in_both(&one, &other), slow);
+        }
     }
 }

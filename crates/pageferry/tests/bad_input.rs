@@ -284,9 +284,8 @@ fn tempfile_of(len: usize) -> std::fs::File {
 fn adopted_memory_that_is_not_mapped_or_watched_by_another_is_refused() {
     let Some(engine) = build(small()) else { return };
     let len = 64 * page_size();
-    let gone = Mapping::new(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1);
-    let start = gone.0;
-    drop(gone);
+    // Far from where the engine's own allocations are placed.
+    let start = support::siege::ptr(support::siege::far_address()).cast::<u8>();
     // SAFETY: nothing is mapped there, which is what must be found out.
     let region = unsafe { engine.adopt(start, len, IoPins::Possible) }.expect("aligned");
     let why = engine.migrate(region.to(first_node(&engine))).run().expect_err("not mapped");
@@ -449,4 +448,54 @@ fn too_little_address_space_is_an_error_that_names_the_limit() {
         .expect("a shortage is an outcome");
     assert_eq!(report.bytes(|o| matches!(o, Outcome::NoFrame(_))), 1 << 20, "{report:?}");
     check(&kept, 0..1 << 20);
+}
+
+#[test]
+fn memory_that_a_mover_itself_needs_and_memory_that_is_managed_already_are_refused() {
+    let Some(engine) = build(small()) else { return };
+    let page = page_size();
+    let around = |address: usize| {
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(address & !(page - 1));
+        // SAFETY: it is refused, or nothing of it is moved.
+        unsafe { engine.adopt(start, page, IoPins::Possible) }
+    };
+    let on_stack = 0u8;
+    let stack = std::ptr::from_ref(&on_stack).expose_provenance();
+    let refused = around(stack).expect_err("this frame's page, or the next one's");
+    assert!(matches!(refused, RegionError::OwnMemory(_)), "{refused}");
+    assert!(matches!(around(0), Err(RegionError::Null)));
+
+    let region = engine.map(4 * page).build().expect("a region");
+    let refused = around(region.addr() + page).expect_err("it has an owner");
+    assert!(matches!(refused, RegionError::Managed(_)), "{refused}");
+    let refused = region.advise(0..1, Folios::Huge).expect_err("not a page");
+    assert!(matches!(refused, RegionError::Unaligned(_)), "{refused}");
+}
+
+#[test]
+fn a_stack_that_was_adopted_elsewhere_is_refused_by_a_move_that_runs_on_it() {
+    let Some(engine) = build(small()) else { return };
+    let thread = std::thread::Builder::new().stack_size(8 << 20);
+    let run = thread.spawn(move || {
+        // Two MiB away from where this thread is: another frame of the same stack.
+        let on_stack = 0u8;
+        let here = std::ptr::from_ref(&on_stack).expose_provenance();
+        let page = page_size();
+        let start = (here & !(page - 1)) - (4 << 20);
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
+        // SAFETY: a part of this thread's stack that it has not come to; nothing is moved.
+        let region = unsafe { engine.adopt(start, 4 << 20, IoPins::Possible) }.expect("unused");
+        let to = first_node(&engine);
+        deeper(1 << 20, &|| engine.migrate(region.to(to)).run().expect_err("on its own stack"))
+    });
+    let why = run.expect("a thread").join().expect("no panic");
+    assert!(matches!(why, MigrateError::OwnMemory(_)), "{why}");
+}
+
+/// Calls `f` with so many bytes more of stack in use.
+fn deeper<T>(bytes: usize, f: &dyn Fn() -> T) -> T {
+    let room = std::hint::black_box([0u8; 64 << 10]);
+    let result = if bytes > room.len() { deeper(bytes - room.len(), f) } else { f() };
+    std::hint::black_box(room);
+    result
 }

@@ -12,17 +12,18 @@ use crate::request::{Handle, Part};
 use pageferry_sys::peer::{Peer, effective_user};
 use pageferry_topology::NodeId;
 use std::fs::{DirBuilder, Permissions};
-use std::io::{BufReader, ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a peer may take to send its request, or to take an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+const EXAMPLE: &str = r#"{"version":1,"to":0}"#;
 
 /// Why a program cannot be asked.
 #[derive(Debug, thiserror::Error)]
@@ -174,15 +175,47 @@ fn converse(engine: &Engine, mut stream: &UnixStream, stop: &AtomicBool) -> std:
         let why = format!("user {} may not move the memory of user {us}", peer.uid);
         return stream.write_all(&line(&Answer::Failed(why))?);
     }
-    let request: Option<Request> =
-        read_line(&mut BufReader::with_capacity(4096, stream.take(LINE)))?;
-    let Some(request) = request else { return Ok(()) };
+    let request = match receive(stream, stop) {
+        Ok(Some(request)) => request,
+        Ok(None) => return Ok(()),
+        Err(why) => {
+            let why = format!("not a request: {why}; one line of JSON is, such as {EXAMPLE}");
+            return stream.write_all(&line(&Answer::Failed(why))?);
+        }
+    };
     stream.set_read_timeout(Some(TICK))?;
     let answer = match carry_out(engine, stream, &request, stop) {
         Ok(summary) => Answer::Done(summary),
         Err(why) => Answer::Failed(why),
     };
     stream.write_all(&line(&answer)?)
+}
+
+/// Reads the request, which has [`PATIENCE`] to come. `None`: there is none.
+fn receive(mut stream: &UnixStream, stop: &AtomicBool) -> std::io::Result<Option<Request>> {
+    let late = Instant::now() + PATIENCE;
+    let (mut text, mut some) = (Vec::new(), [0; 4096]);
+    stream.set_read_timeout(Some(TICK))?;
+    while !text.contains(&b'\n') {
+        match stream.read(&mut some) {
+            Ok(0) => break,
+            Ok(count) => text.extend_from_slice(&some[..count]),
+            Err(e) if is_passing(&e) => {}
+            Err(e) => return Err(e),
+        }
+        if text.len() as u64 > LINE {
+            return Err(std::io::Error::other("the line is too long"));
+        }
+        if Instant::now() > late || stop.load(Ordering::Acquire) {
+            return Err(std::io::Error::other("the line did not end in time"));
+        }
+    }
+    read_line(&mut &text[..])
+}
+
+fn is_passing(error: &std::io::Error) -> bool {
+    use ErrorKind::{Interrupted, TimedOut, WouldBlock};
+    matches!(error.kind(), WouldBlock | TimedOut | Interrupted)
 }
 
 /// Moves region after region.
@@ -201,6 +234,9 @@ fn carry_out(
     }
     let to = NodeId::new(request.to);
     engine.machine().memory_node(to).map_err(|e| e.to_string())?;
+    for &node in &request.from {
+        engine.machine().node(NodeId::new(node)).map_err(|e| e.to_string())?;
+    }
     let parts: Vec<Part> = engine.inner.regions.lock().iter().map(|p| p.toward(to)).collect();
     let total: u64 = parts.iter().map(Part::bytes).sum();
     let (mut done, mut summary) = (0, Summary::default());
@@ -244,10 +280,7 @@ fn follow(mut stream: &UnixStream, handle: &Handle, before: u64, total: u64, sto
         // Waits for a tick: the peer has nothing more to say.
         let hung_up = match stream.read(&mut byte) {
             Ok(count) => count == 0,
-            Err(e) => !matches!(
-                e.kind(),
-                ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-            ),
+            Err(e) => !is_passing(&e),
         };
         let bytes_done = before + handle.progress().bytes_done;
         let told = line(&Answer::Progress { bytes_done, bytes_total: total })
