@@ -42,6 +42,16 @@ impl Run {
     /// A run of nothing, to fill a buffer for [`Sys::scan`](crate::Sys::scan).
     pub const EMPTY: Self = Self { start: 0, end: 0, categories: 0 };
 
+    /// A run with these properties, as the kernel would tell it.
+    pub fn new(start: usize, end: usize, categories: Categories) -> Self {
+        Self { start: start as u64, end: end as u64, categories: categories.bits() }
+    }
+
+    /// Whether `next` continues it.
+    pub fn joins(&self, next: &Self) -> bool {
+        self.end == next.start && self.categories == next.categories
+    }
+
     /// The run's properties.
     pub fn categories(&self) -> Categories {
         Categories::from_bits_truncate(self.categories)
@@ -85,6 +95,10 @@ impl Entry {
     pub fn swapped(self) -> bool {
         self.0 >> 62 & 1 != 0
     }
+    /// Bit 61: belongs to a file or shared memory.
+    pub fn file(self) -> bool {
+        self.0 >> 61 & 1 != 0
+    }
     /// Bit 57: write-protected by a userfaultfd.
     pub fn write_protected(self) -> bool {
         self.0 >> 57 & 1 != 0
@@ -103,6 +117,11 @@ pub struct Pagemap {
 }
 
 impl Pagemap {
+    /// An open pagemap file of any process.
+    pub(crate) fn of(file: File) -> Self {
+        Self { file }
+    }
+
     /// Opens the calling process's pagemap.
     ///
     /// # Errors

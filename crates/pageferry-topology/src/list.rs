@@ -55,6 +55,30 @@ pub enum ListError {
         /// The part as it was found.
         part: String,
     },
+    /// A node is not one of those that may be named.
+    #[error("`{part}` names a node that is not there: choose from {allowed}")]
+    NotThere {
+        /// The part as it was found.
+        part: String,
+        /// The nodes that may be named.
+        allowed: NodeList,
+    },
+    /// A relative number goes beyond the nodes that there are.
+    #[error("`{part}` counts beyond the {count} nodes {allowed}: +0 is the first of them")]
+    NotSoMany {
+        /// The part as it was found.
+        part: String,
+        /// How many nodes there are to count.
+        count: usize,
+        /// These nodes.
+        allowed: NodeList,
+    },
+    /// No node is left.
+    #[error("`{text}` names no node: write for example 0,2-3, all, !1 or +0")]
+    Empty {
+        /// The whole text.
+        text: String,
+    },
 }
 
 impl<I: Id> IdList<I> {
@@ -144,6 +168,74 @@ impl<I: Id> FromStr for IdList<I> {
             ids.extend((from..=to).map(I::from_u32));
         }
         Ok(ids.into_iter().collect())
+    }
+}
+
+impl NodeList {
+    /// Reads a list of nodes as `numactl` writes it (`numa_parse_nodestring(3)`): `0,2-3`; `all`;
+    /// `!1`, all but node 1; `+0`, the first of `allowed`, `+0-1,3` the first, second and fourth;
+    /// `!+0`, all but the first. Where a range spans nodes that are not there, those are left out.
+    ///
+    /// `allowed` are the nodes that may be named, in numactl those of the caller's cpuset.
+    ///
+    /// # Errors
+    /// [`ListError`]: the text is no such list, names a node that is not allowed, or none.
+    pub fn parse(text: &str, allowed: &Self) -> Result<Self, ListError> {
+        let trimmed = text.trim();
+        let (inverted, rest) = trimmed.strip_prefix('!').map_or((false, trimmed), |r| (true, r));
+        let (relative, rest) = rest.strip_prefix('+').map_or((false, rest), |r| (true, r));
+        let empty = || ListError::Empty { text: trimmed.into() };
+        if rest.is_empty() {
+            return Err(empty());
+        }
+        let mut named = Self::new();
+        for part in rest.split(',') {
+            if part == "all" && !relative {
+                named = allowed.clone();
+                continue;
+            }
+            let (from, to) = part.split_once('-').unwrap_or((part, part));
+            let (from, to) = (number(from, part)?, number(to, part)?);
+            if to < from {
+                return Err(ListError::Reversed { part: part.into() });
+            }
+            let nodes = if relative { allowed.counted(from, to) } else { allowed.within(from, to) };
+            // Both ends are there; what lies between need not be.
+            let ends = if relative {
+                (to as usize) < allowed.len()
+            } else {
+                allowed.contains(NodeId::new(from)) && allowed.contains(NodeId::new(to))
+            };
+            match (ends, relative) {
+                (true, _) => named = named.iter().chain(nodes.iter()).collect(),
+                (false, false) => {
+                    return Err(ListError::NotThere {
+                        part: part.into(),
+                        allowed: allowed.clone(),
+                    });
+                }
+                (false, true) => {
+                    let (part, count) = (format!("+{part}"), allowed.len());
+                    return Err(ListError::NotSoMany { part, count, allowed: allowed.clone() });
+                }
+            }
+        }
+        let nodes = if inverted { allowed.difference(&named) } else { named };
+        if nodes.is_empty() { Err(empty()) } else { Ok(nodes) }
+    }
+
+    /// Its ids from one number to another.
+    fn within(&self, from: u32, to: u32) -> Self {
+        self.iter().filter(|id| (from..=to).contains(&id.get())).collect()
+    }
+
+    /// Its ids from one place to another, counted from 0.
+    fn counted(&self, from: u32, to: u32) -> Self {
+        self.iter()
+            .zip(0..)
+            .filter(|(_, place)| (from..=to).contains(place))
+            .map(|(id, _)| id)
+            .collect()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use pageferry_topology::{CpuId, CpuList, Id, ListError};
+use pageferry_topology::{CpuId, CpuList, Id, ListError, NodeId, NodeList};
 use proptest::prelude::*;
 
 fn list(numbers: impl IntoIterator<Item = u32>) -> CpuList {
@@ -77,5 +77,85 @@ fn what_is_not_a_list_is_refused_with_the_part_that_is_wrong() {
         ("0-99999999999", ListError::TooLarge { part: "0-99999999999".into() }),
     ] {
         assert_eq!(text.parse::<CpuList>(), Err(error), "{text:?}");
+    }
+}
+
+fn nodes(numbers: impl IntoIterator<Item = u32>) -> NodeList {
+    numbers.into_iter().map(NodeId::new).collect()
+}
+
+#[test]
+fn nodes_are_read_as_numactl_writes_them() {
+    let allowed = nodes([0, 2, 3, 7]);
+    for (text, expected) in [
+        ("0", vec![0]),
+        ("0,2-3", vec![0, 2, 3]),
+        ("0-7", vec![0, 2, 3, 7]),
+        ("all", vec![0, 2, 3, 7]),
+        ("!2", vec![0, 3, 7]),
+        ("!0-3", vec![7]),
+        ("+0", vec![0]),
+        ("+1-2", vec![2, 3]),
+        ("+0,3", vec![0, 7]),
+        ("!+0", vec![2, 3, 7]),
+        (" 3 ", vec![3]),
+    ] {
+        assert_eq!(NodeList::parse(text, &allowed), Ok(nodes(expected)), "{text:?}");
+    }
+}
+
+#[test]
+fn what_names_no_node_or_one_that_is_not_there_is_refused_with_the_choice() {
+    let allowed = nodes([0, 2]);
+    for text in ["", "!", "+", "!all", "!0-2", "1", "0-3", "+2", "+all", "all,", "a", "0;2", "2-0"]
+    {
+        let error = NodeList::parse(text, &allowed).expect_err(text);
+        assert!(!error.to_string().is_empty());
+    }
+    let error = NodeList::parse("1", &allowed).expect_err("not there");
+    assert_eq!(error.to_string(), "`1` names a node that is not there: choose from 0,2");
+    let error = NodeList::parse("+2", &allowed).expect_err("only two");
+    assert!(error.to_string().contains("beyond the 2 nodes 0,2"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn a_list_and_its_inverse_are_all_nodes_and_share_none(
+        allowed in prop::collection::btree_set(0u32..64, 1..20),
+        picks in prop::collection::vec(any::<prop::sample::Index>(), 1..8),
+        relative in any::<bool>(),
+    ) {
+        let numbers: Vec<u32> = allowed.iter().copied().collect();
+        let chosen: BTreeSet<usize> = picks.iter().map(|p| p.index(numbers.len())).collect();
+        let expected = nodes(chosen.iter().map(|&i| numbers[i]));
+        let allowed = nodes(allowed);
+        let parts: Vec<String> = chosen
+            .iter()
+            .map(|&i| if relative { i.to_string() } else { numbers[i].to_string() })
+            .collect();
+        let text = format!("{}{}", if relative { "+" } else { "" }, parts.join(","));
+        let named = NodeList::parse(&text, &allowed);
+        prop_assert_eq!(named.as_ref(), Ok(&expected), "{}", text);
+        match NodeList::parse(&format!("!{text}"), &allowed) {
+            Ok(others) => {
+                prop_assert!(others.intersection(&expected).is_empty());
+                prop_assert_eq!(others.len() + expected.len(), allowed.len());
+            }
+            Err(error) => {
+                let is_empty = matches!(error, ListError::Empty { .. });
+                prop_assert!(is_empty);
+                prop_assert_eq!(&expected, &allowed);
+            }
+        }
+        // What the kernel prints is a list of nodes too.
+        prop_assert_eq!(NodeList::parse(&expected.to_string(), &expected), Ok(expected));
+    }
+
+    #[test]
+    fn any_text_is_a_node_list_or_refused_without_panic(text in "[0-9,!+al -]{0,20}") {
+        let allowed = nodes([0, 1, 5]);
+        if let Ok(named) = NodeList::parse(&text, &allowed) {
+            prop_assert!(!named.is_empty() && named.difference(&allowed).is_empty());
+        }
     }
 }

@@ -208,14 +208,16 @@ impl Running<'_> {
         order: Order,
         tally: &mut Tally,
     ) -> Option<Order> {
+        // The kernel allocates its copies as the mapping's policy says, if that has one.
+        let obeys = self.job.one_node || !self.job.own_policy;
         let kernel_copy = segment.size == FolioSize::Base
             && match self.job.frames {
-                Frames::KernelCopy => true,
+                Frames::KernelCopy => obeys,
                 Frames::Fresh => false,
                 Frames::Recycled => {
                     order == Order::Frozen
                         && self.job.engine.is_none()
-                        && (self.job.one_node || !self.job.own_policy)
+                        && obeys
                         && self.wish.budget >= KERNEL_COPY_BUDGET
                         && !berth.has_frames(segment.to, segment.size)
                         && !self.job.ctx.pools.has_rested(segment.to, segment.size)

@@ -35,7 +35,9 @@ pub enum Frames {
     /// once: a one-way move.
     Fresh,
     /// As `Fresh`, but base pages are allocated and copied by the kernel (`UFFDIO_COPY`), which
-    /// saves zeroing them first. Frozen order; huge folios as with `Fresh`.
+    /// saves zeroing them first. Frozen order. Huge folios as with `Fresh`; so, on several nodes,
+    /// is memory that has or may have a policy of its own (`prefer`, adopted memory), which would
+    /// decide where the kernel allocates.
     KernelCopy,
 }
 

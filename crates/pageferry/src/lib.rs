@@ -66,6 +66,8 @@ mod pool;
 #[cfg(not(loom))]
 mod probe;
 #[cfg(not(loom))]
+pub mod process;
+#[cfg(not(loom))]
 mod quiesce;
 #[cfg(not(loom))]
 mod region;

@@ -15,7 +15,7 @@ use support::siege::{
     ALL, Mover, Watchdog, advise, again, errno, far_address, map_at, protect, ptr, readable, role,
     siege,
 };
-use support::{Racers, engine, fill, value, word};
+use support::{Racers, engine, fill, sized, value, word};
 
 /// `MADV_GUARD_INSTALL` and `MADV_GUARD_REMOVE` (6.13), include/uapi/asm-generic/mman-common.h.
 const GUARD_INSTALL: i32 = 102;
@@ -164,7 +164,7 @@ fn a_touch_of_a_guard_page_kills_as_usual_during_moves() {
 fn memory_never_written_stays_zero_and_first_touches_during_moves_last() {
     let Some(engine) = engine() else { return };
     let _watchdog = Watchdog::new("first touches");
-    let len = 24 << 20;
+    let len = sized(24 << 20);
     for (huge, order) in ALL {
         let folios = if huge { Folios::Huge } else { Folios::Base };
         let region = Arc::new(engine.map(len).folios(folios).build().expect("memory"));

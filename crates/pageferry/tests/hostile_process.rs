@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::siege::{Mover, StopOnDrop, Watchdog, account, again, alone, role};
-use support::{Racers, build, engine, fill, nodes};
+use support::{Racers, build, engine, fill, nodes, sized};
 
 fn region(engine: &Engine, bytes: usize, folios: Folios) -> Arc<Region> {
     let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
@@ -149,7 +149,7 @@ fn a_spent_budget_is_reported_and_nothing_is_lost() {
     let builder = Engine::builder().frame_budget(4 << 20);
     let Some(engine) = build(builder) else { return };
     let _watchdog = Watchdog::new("budget");
-    let region = region(&engine, 64 << 20, Folios::Mixed);
+    let region = region(&engine, sized(64 << 20), Folios::Mixed);
     let (_, to) = nodes(&engine);
     let racers = Racers::start(&region, 1, 1);
     let until = Instant::now() + Duration::from_millis(500);

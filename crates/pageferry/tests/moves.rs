@@ -4,7 +4,7 @@ mod support;
 
 use pageferry::{Division, FolioSize, Folios, Frames, Order, Outcome, Region};
 use std::sync::Arc;
-use support::{Racers, check, engine, fill, frames, nodes};
+use support::{Racers, check, engine, fill, frames, nodes, on_their_node, sized};
 
 fn region(engine: &pageferry::Engine, bytes: usize, folios: Folios) -> Arc<Region> {
     let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
@@ -20,6 +20,7 @@ fn one_batch_on_one_thread_is_moved_and_its_frames_change() {
     let (_, to) = nodes(&engine);
     let report = engine.migrate(region.to(to)).even_if_there().threads(1).run().expect("a move");
     assert_eq!(report.by_outcome(), [(Outcome::Moved, 2 << 20)]);
+    on_their_node(&region, &report, to);
     check(&region, 0..2 << 20);
     match (before, frames(&region)) {
         (Some(before), Some(after)) => {
@@ -33,7 +34,7 @@ fn one_batch_on_one_thread_is_moved_and_its_frames_change() {
 fn every_order_division_folio_and_source_of_frames_keeps_every_word() {
     let Some(engine) = engine() else { return };
     let (home, away) = nodes(&engine);
-    let bytes = 24 << 20;
+    let bytes = sized(24 << 20);
     for folios in [Folios::Base, Folios::Huge] {
         for order in [Order::Frozen, Order::Live] {
             for division in [Division::Conducted, Division::Shared] {
@@ -61,6 +62,7 @@ fn every_order_division_folio_and_source_of_frames_keeps_every_word() {
                             "{what}: {report:?}"
                         );
                         assert_eq!(report.division, division, "{what}");
+                        on_their_node(&region, &report, to);
                     }
                     racers.finish();
                     if folios == Folios::Huge {

@@ -202,6 +202,10 @@ impl Berth<'_> {
         }
         let original = keep || self.kernel_copy;
         let src = if original { self.slot(page) } else { self.frame(page) };
+        // The kernel allocates here: on the node that was asked for, or where the page was.
+        let node = if keep { self.seg().from } else { Some(self.seg().to) };
+        let node = node.filter(|_| !self.ctx.pools.has_one_node());
+        let _preferring = node.map(pageferry_sys::mm::PreferringNode::new);
         // SAFETY: the destination is the hole that this page left; the source is ours.
         let copied = unsafe { self.ctx.sys.copy_in(&self.ctx.uffd, home, src, page_size()) };
         match copied.error {

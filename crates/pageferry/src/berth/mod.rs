@@ -355,6 +355,10 @@ impl<'c> Berth<'c> {
             }
         }
         self.advance(&range, segment.size);
+        // Pages of an unknown node (they were in swap) are no frames of a known one.
+        if segment.from.is_none() && !self.ctx.pools.has_one_node() {
+            self.empties.iter_mut().for_each(|e| e.mixed = true);
+        }
         match self.order {
             Order::Live => tally.live += 1,
             Order::Frozen => tally.frozen += 1,

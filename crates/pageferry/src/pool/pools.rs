@@ -2,6 +2,7 @@
 
 use super::arena::{Arena, Extent, pages_per_extent};
 use super::budget::Budget;
+use crate::flight::MAX_PAGES;
 use crate::report::Shortage;
 use crate::units::{FolioSize, HUGE};
 use pageferry_sys::mm::Advice;
@@ -341,11 +342,16 @@ impl Pools {
             return Ok(extent.hi);
         }
         let step = if extent.size == FolioSize::Huge { pages_per_extent() } else { 1 };
-        let pages: Vec<usize> = (0..extent.hi).step_by(step).map(|i| extent.page(i)).collect();
-        let mut status = vec![-1; pages.len()];
-        self.sys.page_nodes(&pages, &mut status).map_err(|_| Shortage::Node)?;
+        // On the stack: this is done for every fresh frame.
+        let (mut pages, mut status) = ([0; MAX_PAGES], [-1; MAX_PAGES]);
+        let count = extent.hi.div_ceil(step);
+        for (address, page) in pages.iter_mut().zip((0..extent.hi).step_by(step)) {
+            *address = extent.page(page);
+        }
+        let asked = self.sys.page_nodes(&pages[..count], &mut status[..count]);
+        asked.map_err(|_| Shortage::Node)?;
         let node = i32::try_from(extent.node).unwrap_or(i32::MAX);
-        Ok(status.iter().take_while(|&&s| s == node).count() * step)
+        Ok(status[..count].iter().take_while(|&&s| s == node).count() * step)
     }
 
     /// Whether one huge page stands at `addr`.

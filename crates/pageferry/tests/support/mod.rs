@@ -5,9 +5,9 @@
 
 pub mod siege;
 
-use pageferry::{Engine, EngineBuilder, Region};
-use pageferry_sys::page_size;
+use pageferry::{Engine, EngineBuilder, Outcome, Region, Report};
 use pageferry_sys::pagemap::{Entry, Pagemap};
+use pageferry_sys::{Linux, Sys as _, page_size};
 use pageferry_topology::NodeId;
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,6 +27,21 @@ pub fn build(builder: EngineBuilder) -> Option<Engine> {
             None
         }
     }
+}
+
+/// Whether this is a machine of `cargo xtask guest`, perhaps emulated: a tenth as fast, or less.
+pub fn is_guest() -> bool {
+    std::env::var_os("PAGEFERRY_GUEST").is_some()
+}
+
+/// A size that is reached in good time: in a guest a quarter.
+pub fn sized(bytes: usize) -> usize {
+    if is_guest() { bytes / 4 } else { bytes }
+}
+
+/// Seconds after which something hangs: in a guest four times as many.
+pub fn patient(seconds: u64) -> u64 {
+    if is_guest() { 4 * seconds } else { seconds }
 }
 
 pub fn first_node(engine: &Engine) -> NodeId {
@@ -73,6 +88,36 @@ pub fn frames(region: &Region) -> Option<Vec<u64>> {
     let pagemap = Pagemap::open().expect("procfs");
     pagemap.entries(region.addr(), &mut entries).expect("readable");
     entries.iter().map(|e| e.pfn()).collect()
+}
+
+/// The node of each page of a region as `move_pages(2)` tells it, or a negative errno.
+pub fn nodes_of(region: &Region) -> Vec<i32> {
+    let pages: Vec<_> = (0..region.len()).step_by(page_size()).map(|b| region.addr() + b).collect();
+    let mut nodes = vec![-1; pages.len()];
+    Linux.page_nodes(&pages, &mut nodes).expect("a kernel with NUMA");
+    nodes
+}
+
+/// Every page that the report calls moved, or there already, is on `to`: each one is asked for.
+/// Only for regions that the program leaves mapped as they are. One in swap is nowhere.
+pub fn on_their_node(region: &Region, report: &Report, to: NodeId) {
+    let wanted = i32::try_from(to.get()).expect("a small number");
+    let nodes = nodes_of(region);
+    let settled = report
+        .pages
+        .iter()
+        .filter(|(_, outcome)| matches!(outcome, Outcome::Moved | Outcome::AlreadyThere));
+    let pages = settled.flat_map(|(range, _)| range.clone().step_by(page_size()));
+    let astray: Vec<_> = pages
+        .map(|addr| (addr, nodes[(addr - region.addr()) / page_size()]))
+        .filter(|(_, node)| *node != wanted && *node != -libc::ENOENT)
+        .collect();
+    assert!(
+        astray.is_empty(),
+        "{} pages were sent to {to:?} and are elsewhere: {:x?}",
+        astray.len(),
+        &astray[..astray.len().min(8)]
+    );
 }
 
 /// Threads that read and write a region while it moves. Word `i` belongs to writer `i % writers`;

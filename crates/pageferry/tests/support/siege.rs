@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Ends the process with a message if it lives for a minute.
+/// Ends the process with a message if it lives for a minute (in a guest, four).
 pub struct Watchdog(Arc<AtomicBool>);
 
 impl Watchdog {
@@ -22,7 +22,7 @@ impl Watchdog {
         let done = Arc::new(AtomicBool::new(false));
         let (theirs, what) = (Arc::clone(&done), what.to_owned());
         std::thread::spawn(move || {
-            let until = Instant::now() + Duration::from_secs(60);
+            let until = Instant::now() + Duration::from_secs(super::patient(60));
             while !theirs.load(Ordering::Relaxed) {
                 if Instant::now() > until {
                     eprintln!("watchdog: {what} hangs");

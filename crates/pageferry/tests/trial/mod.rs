@@ -5,6 +5,7 @@
 
 pub mod faults;
 
+use crate::support::patient;
 use pageferry::{Engine, EngineBuilder, Outcome, Region, Report};
 use pageferry_copy::Kernel;
 use pageferry_sys::page_size;
@@ -18,7 +19,7 @@ pub struct Watchdog(Sender<()>);
 impl Watchdog {
     pub fn seconds(seconds: u64, what: &str) -> Self {
         let (alive, gone) = channel::<()>();
-        let what = what.to_owned();
+        let (what, seconds) = (what.to_owned(), patient(seconds));
         std::thread::spawn(move || {
             if gone.recv_timeout(Duration::from_secs(seconds)) == Err(RecvTimeoutError::Timeout) {
                 eprintln!("hung: {what} did not end within {seconds} s");

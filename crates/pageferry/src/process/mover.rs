@@ -1,0 +1,358 @@
+//! A worker: asks for the nodes of a piece's pages, moves those that are to be moved in calls
+//! that fit the latency target, and finds out what became of each.
+//!
+//! What always holds: each page of a piece gets exactly one outcome, or is kept to be tried again
+//! a bounded number of times.
+//!
+//! What the kernel tells (mm/migrate.c, `do_pages_move`): pages are queued; one that cannot be
+//! queued has its errno stored as its status, and what was queued before it is moved; when pages
+//! of a queue cannot be moved, the call ends, and the statuses of that queue and of everything
+//! after it are left alone. A page of a larger folio that is queued already says `EBUSY`, though it
+//! moves with the folio. So what says `EBUSY`, or nothing, is asked for once more.
+
+use super::job::Job;
+use super::notes::Note;
+use super::pace::Chunk;
+use super::piece::{Piece, Span};
+use super::place::Decision;
+use super::report::Tally;
+use super::select::Kind;
+use super::targets::Process;
+use crate::report::{Busy, Outcome, Shortage};
+use pageferry_sys::process::UNTOLD;
+use pageferry_sys::{Errno, page_size};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// A page that is to be moved.
+#[derive(Clone, Copy, Debug)]
+struct Item {
+    address: usize,
+    page_bytes: usize,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+pub(super) struct Mover<'j> {
+    job: &'j Job,
+    pub(super) tally: Tally,
+    base: Chunk,
+    huge: Chunk,
+    addresses: Vec<usize>,
+    nodes: Vec<i32>,
+    status: Vec<i32>,
+    /// Pages by destination.
+    picked: Vec<Vec<Item>>,
+    /// Indices of what is asked for once more.
+    unclear: Vec<usize>,
+    failed: Vec<(Item, Errno)>,
+}
+
+/// What an errno about a page means in the end.
+fn outcome_of(errno: Errno, page_bytes: usize, kind: Kind) -> Outcome {
+    match errno.0 {
+        libc::EBUSY => Outcome::Busy(Busy::Contended),
+        libc::EAGAIN => Outcome::Busy(Busy::Again),
+        libc::EACCES => Outcome::Busy(Busy::Shared),
+        libc::ENOMEM if kind == Kind::Hugetlb || page_bytes > page_size() => {
+            Outcome::NoFrame(Shortage::Huge)
+        }
+        libc::ENOMEM => Outcome::NoFrame(Shortage::Node),
+        libc::ENOENT => Outcome::Gone,
+        libc::EFAULT => Outcome::Unmapped,
+        other => Outcome::Busy(Busy::Other(other)),
+    }
+}
+
+/// Whether it may be different later.
+fn may_pass(errno: Errno) -> bool {
+    matches!(errno.0, libc::EBUSY | libc::EAGAIN | libc::ENOMEM)
+}
+
+impl<'j> Mover<'j> {
+    pub(super) fn new(job: &'j Job) -> Self {
+        Self {
+            job,
+            tally: Tally::default(),
+            base: Chunk::new(job.latency, false),
+            huge: Chunk::new(job.latency, true),
+            addresses: Vec::new(),
+            nodes: Vec::new(),
+            status: Vec::new(),
+            picked: vec![Vec::new(); job.placement.nodes.len()],
+            unclear: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    /// Settles every page of a piece, or keeps it for later.
+    pub(super) fn piece(&mut self, piece: &Piece) {
+        let process = &piece.process;
+        if piece.tries == 0 {
+            self.job.control.looked_at.fetch_add(piece.bytes as u64, Ordering::Relaxed);
+        } else {
+            self.tally.retried_bytes += piece.bytes as u64;
+        }
+        if process.is_gone() {
+            return self.all(piece, Outcome::Exited);
+        }
+        self.addresses.clear();
+        self.addresses.extend(piece.spans.iter().flat_map(Span::addresses));
+        self.status.clear();
+        self.status.resize(self.addresses.len(), UNTOLD);
+        if let Err(errno) = process.view.nodes(&self.addresses, &mut self.status) {
+            let ended = process.ended_by(errno);
+            let stayed = Outcome::Busy(Busy::Other(errno.0));
+            return self.all(piece, if ended { Outcome::Exited } else { stayed });
+        }
+        self.pick(piece);
+        for index in 0..self.picked.len() {
+            let mut items = std::mem::take(&mut self.picked[index]);
+            self.send(process, index, &items, piece.tries);
+            items.clear();
+            self.picked[index] = items;
+        }
+        self.keep_failed(process, piece.tries);
+    }
+
+    fn all(&mut self, piece: &Piece, outcome: Outcome) {
+        for span in &piece.spans {
+            for address in span.addresses() {
+                self.tally.page(piece.process.pid, span.kind, address, span.page_bytes, outcome);
+            }
+        }
+    }
+
+    /// Decides what is to be done with each page, by the node it is on.
+    fn pick(&mut self, piece: &Piece) {
+        let (pid, mut index) = (piece.process.pid, 0);
+        for span in &piece.spans {
+            let (kind, page_bytes) = (span.kind, span.page_bytes);
+            for address in span.addresses() {
+                let told = self.status[index];
+                index += 1;
+                let outcome = match u32::try_from(told) {
+                    Ok(on) => match self.job.placement.decide(address, page_bytes, on) {
+                        // What failed before and is there now has moved.
+                        Decision::There if piece.tries > 0 => Outcome::Moved,
+                        Decision::There => Outcome::AlreadyThere,
+                        Decision::NotAsked => Outcome::NotAsked,
+                        Decision::To(_) if self.job.dry_run => Outcome::WouldMove,
+                        Decision::To(to) => {
+                            self.picked[to].push(Item { address, page_bytes, kind });
+                            continue;
+                        }
+                    },
+                    Err(_) => outcome_of(Errno(told.saturating_neg()), page_bytes, kind),
+                };
+                self.tally.page(pid, kind, address, page_bytes, outcome);
+            }
+        }
+    }
+
+    fn settle(&mut self, process: &Process, items: &[Item], outcome: Outcome) {
+        for item in items {
+            self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
+        }
+    }
+
+    /// Moves pages to the node of this index, or to later ones where that is full.
+    fn send(&mut self, process: &Process, index: usize, items: &[Item], tries: u32) {
+        let mut rest = items;
+        while let Some(first) = rest.first() {
+            if self.job.control.is_cancelled() {
+                return self.settle(process, rest, Outcome::Cancelled);
+            }
+            if process.has_ended() {
+                return self.settle(process, rest, Outcome::Exited);
+            }
+            let page_bytes = first.page_bytes;
+            let chunk = if page_bytes > page_size() { &self.huge } else { &self.base };
+            let most = self.job.most_at_once(page_bytes).min(chunk.pages());
+            let alike = rest.iter().take(most).take_while(|i| i.page_bytes == page_bytes).count();
+            let want = (alike * page_bytes) as u64;
+            let Some((to, granted)) = self.room(index, want, page_bytes as u64) else {
+                let node = self.job.placement.nodes[index];
+                self.tally.notes.add(Note::NodeFull { node });
+                let (here, more) = rest.split_at(alike);
+                self.settle(process, here, Outcome::NoFrame(Shortage::Reserve));
+                rest = more;
+                continue;
+            };
+            let count = usize::try_from(granted / page_bytes as u64).unwrap_or(alike).min(alike);
+            self.job.pace((count * page_bytes) as u64);
+            let (done, moved) = self.call(process, to, &rest[..count], tries);
+            self.job.room.settle(to, granted, moved);
+            self.job.control.moved.fetch_add(moved, Ordering::Relaxed);
+            rest = &rest[done..];
+        }
+    }
+
+    /// Free memory for at least one page: on which node, and how much.
+    fn room(&self, index: usize, want: u64, page: u64) -> Option<(usize, u64)> {
+        let last = if self.job.placement.spills { self.picked.len() } else { index + 1 };
+        (index..last).find_map(|to| {
+            let granted = self.job.room.take(to, want);
+            if granted >= page {
+                return Some((to, granted));
+            }
+            self.job.room.settle(to, granted, 0);
+            None
+        })
+    }
+
+    /// One call, for pages of one size. Returns how many of them it is done with, at least one,
+    /// and how many bytes it moved.
+    fn call(&mut self, process: &Process, to: usize, items: &[Item], tries: u32) -> (usize, u64) {
+        let node = self.job.placement.nodes[to];
+        let told = i32::try_from(node.get()).unwrap_or(-1);
+        self.addresses.clear();
+        self.addresses.extend(items.iter().map(|i| i.address));
+        self.nodes.clear();
+        self.nodes.resize(items.len(), told);
+        self.status.clear();
+        self.status.resize(items.len(), UNTOLD);
+        let shared = self.job.moves_shared.load(Ordering::Relaxed);
+        let began = self.job.kernel.now();
+        let result =
+            process.view.move_pages(&self.addresses, &self.nodes, &mut self.status, shared);
+        let took = self.job.kernel.now().saturating_sub(began);
+        self.tally.calls.record(took);
+        // Nothing that the call says counts if the process ended: the number may be another's.
+        let ended = process.ended_by(result.err().unwrap_or(Errno(0)));
+        let refused = match result {
+            _ if ended => Some(Outcome::Exited),
+            Err(Errno(libc::EACCES)) => {
+                self.tally.notes.add(Note::Forbidden { pid: process.pid, node });
+                Some(Outcome::NoFrame(Shortage::Forbidden))
+            }
+            Err(Errno(libc::EPERM)) if shared => {
+                // The right was taken away meanwhile.
+                self.job.moves_shared.store(false, Ordering::Relaxed);
+                return self.call(process, to, items, tries);
+            }
+            Err(errno @ Errno(libc::EPERM | libc::EINVAL | libc::ENODEV | libc::ENOSYS)) => {
+                Some(Outcome::Busy(Busy::Other(errno.0)))
+            }
+            _ => None,
+        };
+        if let Some(outcome) = refused {
+            self.settle(process, items, outcome);
+            return (items.len(), 0);
+        }
+        let done = self.clear_up(process, told, items.len());
+        let given_up = result.err().unwrap_or(Errno(libc::EBUSY));
+        if given_up == Errno(libc::ENOMEM) {
+            self.job.room.exhausted(to);
+        }
+        let mut moved = 0;
+        for (index, item) in items[..done].iter().enumerate() {
+            let errno = match self.status[index] {
+                UNTOLD => given_up,
+                node if node >= 0 => {
+                    moved += 1;
+                    self.tally.page(
+                        process.pid,
+                        item.kind,
+                        item.address,
+                        item.page_bytes,
+                        Outcome::Moved,
+                    );
+                    continue;
+                }
+                negative => Errno(negative.saturating_neg()),
+            };
+            if may_pass(errno) && tries < self.job.retries {
+                self.failed.push((*item, errno));
+                continue;
+            }
+            if errno == Errno(libc::EACCES) {
+                self.tally.notes.add(Note::SharedLeft { bytes: item.page_bytes as u64 });
+            }
+            let outcome = outcome_of(errno, item.page_bytes, item.kind);
+            self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
+        }
+        let page_bytes = items.first().map_or(0, |i| i.page_bytes);
+        let chunk = if page_bytes > page_size() { &mut self.huge } else { &mut self.base };
+        // A call that failed early says little of what its pages would have taken.
+        if moved * 2 >= items.len() || took > self.job.latency {
+            chunk.learn(items.len(), took);
+        }
+        (done, (moved * page_bytes) as u64)
+    }
+
+    /// Finds out what the statuses do not tell. Afterwards those of the pages that the call came
+    /// to, how many is returned, are a node, an errno, or untold: given up on.
+    fn clear_up(&mut self, process: &Process, to: i32, count: usize) -> usize {
+        let busy = -libc::EBUSY;
+        // The queue that was given up on lies before the last status that was told; if nothing
+        // untold lies there, it was the last one, to the end.
+        let last_told = self.status.iter().rposition(|&s| s != UNTOLD);
+        let done = match last_told {
+            Some(last) if self.status[..last].contains(&UNTOLD) => last + 1,
+            _ => count,
+        };
+        let status = &self.status[..done];
+        self.unclear.clear();
+        self.unclear.extend((0..done).filter(|&i| status[i] == UNTOLD || status[i] == busy));
+        if self.unclear.is_empty() {
+            return done;
+        }
+        // Both buffers are longer than what was moved: their tails serve.
+        let from = self.addresses.len();
+        for position in 0..self.unclear.len() {
+            let address = self.addresses[self.unclear[position]];
+            self.addresses.push(address);
+        }
+        self.nodes.clear();
+        self.nodes.resize(self.unclear.len(), UNTOLD);
+        // If this fails too they count as what they said.
+        let asked = process.view.nodes(&self.addresses[from..], &mut self.nodes);
+        self.addresses.truncate(from);
+        if asked.is_ok() {
+            for (&index, &node) in self.unclear.iter().zip(&self.nodes) {
+                let gone = node == -libc::ENOENT || node == -libc::EFAULT;
+                if node == to || gone {
+                    self.status[index] = node;
+                }
+            }
+        }
+        done
+    }
+
+    /// Keeps what failed to be tried again.
+    fn keep_failed(&mut self, process: &Arc<Process>, tries: u32) {
+        if self.failed.is_empty() {
+            return;
+        }
+        let mut piece = Piece::new(Arc::clone(process));
+        piece.tries = tries + 1;
+        piece.due = self.job.kernel.now() + spacing(tries);
+        self.failed.sort_unstable_by_key(|(item, _)| item.address);
+        for (item, _) in &self.failed {
+            let Item { address: start, page_bytes, kind } = *item;
+            piece.push(Span { start, end: start + page_bytes, page_bytes, kind, mapping: 0 });
+        }
+        let bytes = piece.bytes as u64;
+        if self.job.work.try_later(piece).is_err() {
+            self.tally.notes.add(Note::NotRetried { bytes });
+            for (item, errno) in std::mem::take(&mut self.failed) {
+                let outcome = outcome_of(errno, item.page_bytes, item.kind);
+                self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
+            }
+        }
+        self.failed.clear();
+    }
+
+    /// Settles what was to be tried again when the move ended before.
+    pub(super) fn leave(&mut self, piece: &Piece) {
+        self.all(piece, Outcome::Cancelled);
+    }
+}
+
+/// How long a page that failed is left alone: 30 ms, then 90, then 270. Longer than the kernel's
+/// own ten tries (`NR_MAX_MIGRATE_PAGES_RETRY`), and than most I/O.
+fn spacing(tries: u32) -> Duration {
+    Duration::from_millis(30) * 3u32.pow(tries.min(5))
+}

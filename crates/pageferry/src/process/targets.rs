@@ -1,0 +1,240 @@
+//! Who is looked at: processes by pid, those of cgroups, their children; found anew until no new
+//! one appears.
+
+use super::error::TargetError;
+use super::notes::{Note, Notes};
+use pageferry_sys::Errno;
+use pageferry_sys::process::{ProcessKernel, ProcessView};
+use pageferry_sys::procfs::Status;
+use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whose memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Target {
+    /// A process, all of its threads. The number of one of its threads names it too.
+    Pid(u32),
+    /// All processes of a cgroup and the groups below it, those that join meanwhile too: a folder
+    /// with `cgroup.procs`, or a path below `/sys/fs/cgroup` or `/sys/fs/cgroup/memory`.
+    Cgroup(PathBuf),
+}
+
+/// A process that is looked at.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    pub(super) view: Arc<dyn ProcessView>,
+    gone: AtomicBool,
+}
+
+impl Process {
+    /// Holds a process open, if it has memory that we may look at.
+    pub(super) fn open(
+        kernel: &dyn ProcessKernel,
+        pid: u32,
+    ) -> Result<(Arc<Self>, Status), TargetError> {
+        let failed = |source| match source {
+            Errno(libc::ESRCH) => TargetError::NoProcess(pid),
+            source => TargetError::Open { pid, source },
+        };
+        let view = kernel.open(pid).map_err(failed)?;
+        let status = view.status().map_err(failed)?;
+        if status.kernel_thread {
+            return Err(TargetError::KernelThread(pid));
+        }
+        if status.is_dead() {
+            return Err(TargetError::Zombie(pid));
+        }
+        match view.maps() {
+            Ok(_) => {}
+            Err(source @ Errno(libc::EACCES | libc::EPERM)) => {
+                return Err(TargetError::Denied { pid, uid: status.uid, source });
+            }
+            Err(source) => return Err(failed(source)),
+        }
+        let process = Self { pid: status.tgid, view, gone: AtomicBool::new(false) };
+        Ok((Arc::new(process), status))
+    }
+
+    /// Whether it was found to have ended.
+    pub(super) fn is_gone(&self) -> bool {
+        // Relaxed: a hint that spares calls; each call finds out by itself.
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Whether a call's errno, or a look, tells that it has ended. Memory goes first: for a
+    /// moment calls say `ESRCH` of a process that still counts as alive.
+    pub(super) fn ended_by(&self, errno: Errno) -> bool {
+        if errno == Errno(libc::ESRCH) {
+            self.gone.store(true, Ordering::Relaxed);
+        }
+        self.has_ended()
+    }
+
+    /// Looks whether it has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        if !self.is_gone() && !self.view.is_alive() {
+            self.gone.store(true, Ordering::Relaxed);
+        }
+        self.is_gone()
+    }
+}
+
+/// The refusal of a process that was not named itself.
+pub(super) fn note_of(error: &TargetError) -> Option<Note> {
+    match error {
+        TargetError::Zombie(pid) => Some(Note::Zombie { pid: *pid }),
+        TargetError::KernelThread(pid) => Some(Note::KernelThread { pid: *pid }),
+        TargetError::Denied { pid, uid, .. } => Some(Note::Denied { pid: *pid, uid: *uid }),
+        TargetError::Open { pid, source } => Some(Note::Unreadable { pid: *pid, errno: source.0 }),
+        // It came and went.
+        _ => None,
+    }
+}
+
+/// Everything that was named, checked.
+#[derive(Debug)]
+pub(super) struct Targets {
+    /// Those named by pid, held open from the check on: their numbers cannot come to mean others.
+    named: Vec<(Arc<Process>, Status)>,
+    pids: BTreeSet<u32>,
+    groups: Vec<PathBuf>,
+    children: bool,
+    /// Those found otherwise so far, and when they began.
+    known: HashMap<u32, u64>,
+    first: bool,
+}
+
+/// A process to be looked at.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Named by its pid, and held open.
+    Named(Arc<Process>, Status),
+    /// Found in a cgroup or among children.
+    Listed(u32, Status),
+}
+
+impl Targets {
+    /// Checks what was named. The statuses are those of the processes named by pid.
+    pub(super) fn check(
+        kernel: &dyn ProcessKernel,
+        named: &[Target],
+        children: bool,
+        notes: &mut Notes,
+    ) -> Result<(Self, Vec<Status>), TargetError> {
+        if named.is_empty() {
+            return Err(TargetError::Empty);
+        }
+        let (mut pids, mut groups) = (BTreeSet::new(), Vec::new());
+        let (mut named_ones, mut statuses) = (Vec::new(), Vec::new());
+        for target in named {
+            match target {
+                Target::Pid(given) => {
+                    let (process, status) = Process::open(kernel, *given)?;
+                    if process.pid != *given {
+                        notes.add(Note::Thread { tid: *given, pid: process.pid });
+                    }
+                    if process.pid == std::process::id() {
+                        notes.add(Note::Own { pid: process.pid });
+                    }
+                    if pids.insert(process.pid) {
+                        statuses.push(status.clone());
+                        named_ones.push((process, status));
+                    }
+                }
+                Target::Cgroup(path) => {
+                    let group = kernel.find_group(path);
+                    let group = group.ok_or_else(|| TargetError::NoGroup(path.clone()))?;
+                    kernel
+                        .members(&group)
+                        .map_err(|source| TargetError::Group { path: group.clone(), source })?;
+                    groups.push(group);
+                }
+            }
+        }
+        let known = HashMap::new();
+        let named = named_ones;
+        Ok((Self { named, pids, groups, children, known, first: true }, statuses))
+    }
+
+    /// Whether the kernel knows no nodes at all; it is asked about no page.
+    pub(super) fn lacks_numa(&self) -> bool {
+        let first = self.named.first();
+        first.is_some_and(|(p, _)| p.view.nodes(&[], &mut []) == Err(Errno(libc::ENOSYS)))
+    }
+
+    /// Processes that were not found before.
+    pub(super) fn find(&mut self, kernel: &dyn ProcessKernel, notes: &mut Notes) -> Vec<Found> {
+        let mut pids = self.pids.clone();
+        self.groups.retain(|group| match kernel.members(group) {
+            Ok(members) => {
+                pids.extend(members);
+                true
+            }
+            Err(_) => {
+                notes.add(Note::GroupLost { path: group.display().to_string() });
+                false
+            }
+        });
+        if self.children {
+            // Who cannot be listed is not a child.
+            add_descendants(&mut pids, &kernel.parents().unwrap_or_default());
+        }
+        let mut new: Vec<Found> = self.named.drain(..).map(|(p, s)| Found::Named(p, s)).collect();
+        for pid in pids {
+            // Who has the number of a named one after it was not meant.
+            if self.pids.contains(&pid) {
+                continue;
+            }
+            let known = self.known.get(&pid).copied();
+            let status = match kernel.open(pid).and_then(|view| view.status()) {
+                Ok(status) => status,
+                // It came and went.
+                Err(Errno(libc::ESRCH)) => continue,
+                // Once; whoever opens it will find out why it cannot be.
+                Err(_) => Status { started: known.unwrap_or(u64::MAX), ..Status::default() },
+            };
+            if known == Some(status.started) {
+                continue;
+            }
+            self.known.insert(pid, status.started);
+            if !self.first {
+                notes.add(Note::Joined { pid });
+            }
+            new.push(Found::Listed(pid, status));
+        }
+        self.first = false;
+        new
+    }
+}
+
+/// Adds the children of `pids`, and theirs.
+fn add_descendants(pids: &mut BTreeSet<u32>, parents: &[(u32, u32)]) {
+    let mut of: HashMap<u32, Vec<u32>> = HashMap::new();
+    for (child, parent) in parents {
+        of.entry(*parent).or_default().push(*child);
+    }
+    let mut open: Vec<u32> = pids.iter().copied().collect();
+    while let Some(pid) = open.pop() {
+        for &child in of.get(&pid).map_or(&[][..], Vec::as_slice) {
+            if pids.insert(child) {
+                open.push(child);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descendants_are_found_at_any_depth_even_in_a_circle() {
+        let mut pids = BTreeSet::from([10]);
+        add_descendants(&mut pids, &[(11, 10), (12, 11), (13, 12), (20, 1), (10, 13)]);
+        assert_eq!(pids.into_iter().collect::<Vec<_>>(), [10, 11, 12, 13]);
+    }
+}

@@ -1,0 +1,365 @@
+//! The walk over what is there: process by process, mapping by mapping, run by run of present
+//! pages, cut into pieces of work.
+//!
+//! What always holds:
+//! - Memory does not grow with what is walked over: one mapping and one buffer of runs at a time.
+//! - Pieces are disjoint, and each holds pages of one process.
+//! - Addresses ascend within a process, so that the walk ends however fast it maps new memory.
+
+use super::notes::{Note, Notes};
+use super::piece::{PIECE_PAGES, Piece, Span};
+use super::seen::Seen;
+use super::select::{Filter, Kind};
+use super::targets::{Found, Process, Targets, note_of};
+use crate::units::HUGE;
+use pageferry_sys::pagemap::{Categories, Entry, Run};
+use pageferry_sys::process::{Backings, ProcessKernel};
+use pageferry_sys::procfs::{ReadMaps, Vma};
+use pageferry_sys::{Errno, page_size};
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// One scan covers this much at most, a window aligned to its size: no page, of whatever size,
+/// lies across two.
+const WINDOW: usize = 1 << 30;
+/// Runs of one scan.
+const RUNS: usize = 512;
+/// A process that executes one program after the other is followed so many times.
+const EXECS: u32 = 3;
+/// Looks for new processes.
+const ROUNDS: u32 = 256;
+
+/// The process that the walk is in.
+#[derive(Debug)]
+struct Current {
+    process: Arc<Process>,
+    maps: Box<dyn ReadMaps>,
+    backings: Backings,
+    image: u64,
+    execs: u32,
+    vma: Vma,
+    kind: Kind,
+    page_bytes: usize,
+    /// What is still to be scanned of the mapping.
+    left: Range<usize>,
+    /// What was scanned and is still to be given out, in reverse.
+    found: Vec<Span>,
+}
+
+/// What a walk needs besides its targets.
+#[derive(Debug)]
+pub(super) struct Walk {
+    kernel: Arc<dyn ProcessKernel>,
+    targets: Targets,
+    filter: Filter,
+    keep_mappings: bool,
+    queue: VecDeque<Found>,
+    current: Option<Current>,
+    seen: Seen,
+    runs: Vec<Run>,
+    entries: Vec<Entry>,
+    no_scan: bool,
+    rounds: u32,
+    pub(super) notes: Notes,
+    pub(super) processes: u64,
+    /// What the kernel counts as resident of the processes found so far, in bytes.
+    pub(super) resident: u64,
+    pub(super) mappings: u64,
+    /// Bytes swapped out, by kind, where mappings are kept.
+    pub(super) swapped: Vec<(Kind, u64)>,
+}
+
+impl Walk {
+    pub(super) fn new(
+        kernel: Arc<dyn ProcessKernel>,
+        targets: Targets,
+        filter: Filter,
+        keep_mappings: bool,
+    ) -> Self {
+        Self {
+            kernel,
+            targets,
+            filter,
+            keep_mappings,
+            queue: VecDeque::new(),
+            current: None,
+            seen: Seen::default(),
+            runs: vec![Run::EMPTY; RUNS],
+            entries: Vec::new(),
+            no_scan: false,
+            rounds: 0,
+            notes: Notes::default(),
+            processes: 0,
+            resident: 0,
+            mappings: 0,
+            swapped: Vec::new(),
+        }
+    }
+
+    /// Looks for processes that were not there before; `false`: there is no new one.
+    pub(super) fn find(&mut self) -> bool {
+        self.rounds += 1;
+        let new = self.targets.find(&*self.kernel, &mut self.notes);
+        if !new.is_empty() && self.rounds > ROUNDS {
+            self.notes.add(Note::StillJoining);
+            return false;
+        }
+        self.resident += new
+            .iter()
+            .map(|(Found::Named(_, status) | Found::Listed(_, status))| {
+                self.filter.resident(status)
+            })
+            .sum::<u64>();
+        self.queue.extend(new);
+        !self.queue.is_empty()
+    }
+
+    /// The next piece; `None`: everything found so far has been walked over.
+    pub(super) fn next_piece(&mut self) -> Option<Piece> {
+        let mut piece: Option<Piece> = None;
+        loop {
+            let Some(current) = &mut self.current else {
+                if piece.as_ref().is_some_and(|p| p.pages > 0) {
+                    return piece;
+                }
+                piece = None;
+                self.open_next()?;
+                continue;
+            };
+            let piece = piece.get_or_insert_with(|| Piece::new(Arc::clone(&current.process)));
+            while let Some(span) = current.found.last_mut() {
+                let room = piece.room(span.page_bytes);
+                if room == 0 {
+                    return Some(std::mem::replace(
+                        piece,
+                        Piece::new(Arc::clone(&current.process)),
+                    ));
+                }
+                let cut = span.end.min(span.start + room * span.page_bytes);
+                let mut taken = Span { end: cut, ..span.clone() };
+                if self.keep_mappings {
+                    if piece.mappings.last().is_none_or(|(vma, _)| vma.start != current.vma.start) {
+                        piece.mappings.push((current.vma.clone(), current.kind));
+                    }
+                    taken.mapping = u32::try_from(piece.mappings.len() - 1).unwrap_or(u32::MAX);
+                }
+                piece.push(taken);
+                span.start = cut;
+                if span.start == span.end {
+                    current.found.pop();
+                }
+            }
+            if current.left.is_empty() {
+                if !self.next_mapping() {
+                    self.close();
+                }
+            } else if let Err(errno) = self.scan() {
+                self.give_up(errno);
+            }
+        }
+    }
+
+    /// Begins with the next process. `None`: there is none in the queue.
+    fn open_next(&mut self) -> Option<()> {
+        loop {
+            let process = match self.queue.pop_front()? {
+                Found::Named(process, _) => process,
+                Found::Listed(pid, _) => match Process::open(&*self.kernel, pid) {
+                    Ok((process, _)) => process,
+                    Err(error) => {
+                        if let Some(note) = note_of(&error) {
+                            self.notes.add(note);
+                        }
+                        continue;
+                    }
+                },
+            };
+            let pid = process.pid;
+            match Current::begin(Arc::clone(&process), 0) {
+                Ok(current) => {
+                    self.processes += 1;
+                    self.current = Some(current);
+                    return Some(());
+                }
+                Err(errno) if process.ended_by(errno) => self.notes.add(Note::Exited { pid }),
+                Err(errno) => self.notes.add(Note::Unreadable { pid, errno: errno.0 }),
+            }
+        }
+    }
+
+    /// Goes to the next mapping that is asked for; `false`: there is none.
+    fn next_mapping(&mut self) -> bool {
+        let Some(current) = &mut self.current else { return false };
+        loop {
+            match current.maps.next(&mut current.vma) {
+                Ok(true) => {}
+                Ok(false) => return false,
+                Err(errno) => {
+                    self.give_up(errno);
+                    return true;
+                }
+            }
+            if self.filter.addresses().is_some_and(|wanted| current.vma.start >= wanted.end) {
+                return false;
+            }
+            let Some((kind, page_bytes)) = Kind::of(&current.vma, &current.backings) else {
+                continue;
+            };
+            let Some(range) = self.filter.select(&current.vma, kind) else { continue };
+            self.mappings += 1;
+            (current.kind, current.page_bytes, current.left) = (kind, page_bytes, range);
+            return true;
+        }
+    }
+
+    /// The process has been walked over: it is left, or begun anew if it is another program now.
+    fn close(&mut self) {
+        let Some(current) = self.current.take() else { return };
+        let pid = current.process.pid;
+        if current.process.has_ended() {
+            self.notes.add(Note::Exited { pid });
+        } else if current.process.view.image() != current.image && current.execs < EXECS {
+            self.notes.add(Note::Executed { pid });
+            match Current::begin(current.process, current.execs + 1) {
+                Ok(current) => self.current = Some(current),
+                Err(errno) => self.notes.add(Note::Unreadable { pid, errno: errno.0 }),
+            }
+        }
+    }
+
+    /// The process cannot be read any more.
+    fn give_up(&mut self, errno: Errno) {
+        let Some(current) = &mut self.current else { return };
+        let pid = current.process.pid;
+        if !current.process.ended_by(errno) {
+            self.notes.add(Note::Unreadable { pid, errno: errno.0 });
+            self.current = None;
+        } else {
+            self.close();
+        }
+    }
+
+    /// Finds the present pages of the next window of the mapping.
+    fn scan(&mut self) -> Result<(), Errno> {
+        let Some(current) = &mut self.current else { return Ok(()) };
+        let start = current.left.start;
+        let end = current.left.end.min((start | (WINDOW - 1)).saturating_add(1));
+        let told = if self.no_scan {
+            read_entries(current, &mut self.entries, &mut self.runs, start..end)
+        } else {
+            let mut wanted = Categories::PRESENT;
+            wanted.set(Categories::SWAPPED, self.keep_mappings);
+            let returned = wanted | Categories::HUGE | Categories::PFN_ZERO | Categories::FILE;
+            current.process.view.scan(start, end, wanted, returned, &mut self.runs)
+        };
+        let (count, reached) = match told {
+            Err(Errno(libc::ENOTTY)) if !self.no_scan => {
+                self.no_scan = true;
+                return Ok(());
+            }
+            Err(Errno(libc::EAGAIN | libc::EINTR)) => return Ok(()),
+            told => told?,
+        };
+        // Never stand still.
+        current.left.start = reached.clamp(start + page_size(), end.max(start + page_size()));
+        for run in &self.runs[..count] {
+            let is = run.categories();
+            if is.contains(Categories::SWAPPED) && !is.contains(Categories::PRESENT) {
+                let bytes = run.end - run.start;
+                match self.swapped.iter_mut().find(|(kind, _)| *kind == current.kind) {
+                    Some((_, sum)) => *sum += bytes,
+                    None => self.swapped.push((current.kind, bytes)),
+                }
+            } else if !is.contains(Categories::PFN_ZERO) {
+                current.take(run, &mut self.seen);
+            }
+        }
+        current.found.reverse();
+        if self.seen.is_full() {
+            self.notes.add(Note::CountedTwice);
+        }
+        Ok(())
+    }
+}
+
+impl Current {
+    fn begin(process: Arc<Process>, execs: u32) -> Result<Self, Errno> {
+        // The image first: if it changes before the maps are opened, the walk is done once more.
+        let image = process.view.image();
+        let maps = process.view.maps()?;
+        let backings = process.view.backings();
+        Ok(Self {
+            process,
+            maps,
+            backings,
+            image,
+            execs,
+            vma: Vma::default(),
+            kind: Kind::Anonymous,
+            page_bytes: page_size(),
+            left: 0..0,
+            found: Vec::new(),
+        })
+    }
+
+    /// Takes a run over, without what other mappings of the same object had.
+    fn take(&mut self, run: &Run, seen: &mut Seen) {
+        let address = |v: u64| usize::try_from(v).unwrap_or(usize::MAX);
+        let is_huge = run.categories().contains(Categories::HUGE);
+        let page_bytes = if is_huge { self.page_bytes.max(HUGE) } else { self.page_bytes };
+        // A huge page that is asked for in part is taken whole.
+        let start = address(run.start) & !(page_bytes - 1);
+        let end = address(run.end).next_multiple_of(page_bytes);
+        let span = Span { start, end, page_bytes, kind: self.kind, mapping: 0 };
+        if self.vma.inode == 0 || !run.categories().contains(Categories::FILE) {
+            self.found.push(span);
+            return;
+        }
+        let origin = self.vma.offset.wrapping_sub(self.vma.start as u64);
+        let part = origin.wrapping_add(start as u64)..origin.wrapping_add(end as u64);
+        let found = &mut self.found;
+        seen.add((self.vma.device, self.vma.inode), part, |new| {
+            let start = address(new.start.wrapping_sub(origin));
+            let end = address(new.end.wrapping_sub(origin));
+            let whole = start % page_bytes == 0 && end % page_bytes == 0;
+            let page_bytes = if whole { page_bytes } else { page_size() };
+            found.push(Span { start, end, page_bytes, ..span.clone() });
+        });
+    }
+}
+
+/// What `PAGEMAP_SCAN` would tell, from the entries, for kernels that do not have it. They tell
+/// neither huge pages nor the zero page: those are found out page by page.
+fn read_entries(
+    current: &Current,
+    entries: &mut Vec<Entry>,
+    runs: &mut [Run],
+    range: Range<usize>,
+) -> Result<(usize, usize), Errno> {
+    let page = page_size();
+    let (mut at, mut count) = (range.start, 0);
+    while at < range.end {
+        let pages = ((range.end - at) / page).clamp(1, PIECE_PAGES);
+        entries.resize(pages, Entry(0));
+        current.process.view.entries(at, entries)?;
+        for entry in entries.iter() {
+            let mut is = Categories::empty();
+            is.set(Categories::PRESENT, entry.present());
+            is.set(Categories::SWAPPED, entry.swapped());
+            is.set(Categories::FILE, entry.file() && entry.present());
+            let run = Run::new(at, at + page, is);
+            if is.is_empty() {
+            } else if let Some(last) = runs[..count].last_mut().filter(|last| last.joins(&run)) {
+                last.end = run.end;
+            } else if let Some(slot) = runs.get_mut(count) {
+                *slot = run;
+                count += 1;
+            } else {
+                return Ok((count, at));
+            }
+            at += page;
+        }
+    }
+    Ok((count, at))
+}
