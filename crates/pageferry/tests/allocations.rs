@@ -38,8 +38,8 @@ static COUNTING: Counting = Counting;
 /// A look at the memory cgroup allocates up to so often: names and contents of a dozen files.
 const LOOK: u64 = 48;
 
-/// The least number of allocations of some runs, and how long that one took: other threads of the process (the pools'
-/// housekeeping, the test's own) may add to a single one.
+/// The least number of allocations of some runs, and how long that one took: other threads of the
+/// process (the pools' housekeeping, the test's own) may add to a single one.
 fn allocations(
     engine: &Engine,
     bytes: usize,

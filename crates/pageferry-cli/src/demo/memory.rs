@@ -63,7 +63,7 @@ fn choose(asked: Option<u64>, supplies: &[Supply]) -> Result<u64, Problem> {
     ))
 }
 
-/// Reads an amount: a number with K, M or G (powers of 1024), between the bounds of an index.
+/// Reads an amount: a number with K, M, G or T (powers of 1024), between the bounds of an index.
 pub(super) fn parse(text: &str) -> Result<u64, String> {
     let upper = text.trim().to_ascii_uppercase();
     let number = upper.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -72,6 +72,7 @@ pub(super) fn parse(text: &str) -> Result<u64, String> {
         "K" | "KB" | "KIB" => 1024,
         "M" | "MB" | "MIB" => MIB,
         "G" | "GB" | "GIB" => 1024 * MIB,
+        "T" | "TB" | "TIB" => 1024 * 1024 * MIB,
         unit => return Err(format!("{unit} is no unit of bytes; write for example 256M or 1G")),
     };
     let number: u64 = number

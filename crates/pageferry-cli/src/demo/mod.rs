@@ -75,9 +75,9 @@ pub(crate) struct DemoArgs {
           value_parser = clap::value_parser!(u32).range(1..=86_400))]
     seconds: u32,
 
-    /// Threads that query; one more updates
+    /// Threads that query, up to 64; one more updates
     #[arg(long, value_name = "N", default_value_t = 2,
-          value_parser = clap::value_parser!(u16).range(1..=1024))]
+          value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: u16,
 
     /// Folios that the index lives in

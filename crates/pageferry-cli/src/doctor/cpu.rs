@@ -1,5 +1,7 @@
 //! CPUs: which may be used, how much of them, and what they copy with.
 
+use pageferry_copy::Kernel;
+use pageferry_copy::cpu::calibrate::KERNEL_VARIABLE;
 use pageferry_sys::affinity;
 use pageferry_topology::{CpuId, CpuList};
 
@@ -8,7 +10,13 @@ use super::host::{Capability, Host};
 
 pub(super) fn checks(host: &Host) -> Vec<Check> {
     let allowed = affinity::allowed_cpus();
-    vec![copying(), available(&allowed), quota(host, allowed.len()), counters(host)]
+    vec![
+        copying(),
+        chosen_kernel(),
+        available(&allowed),
+        quota(host, allowed.len()),
+        counters(host),
+    ]
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -34,6 +42,22 @@ fn copying() -> Check {
 #[cfg(not(target_arch = "x86_64"))]
 fn copying() -> Check {
     Check::ok("cpu-copy", "the C library's memcpy")
+}
+
+/// The copy kernel that the environment names, if it does.
+fn chosen_kernel() -> Check {
+    const ID: &str = "cpu-kernel";
+    match std::env::var_os(KERNEL_VARIABLE) {
+        None => Check::ok(ID, "the one that measures best"),
+        Some(name) => match name.to_string_lossy().parse::<Kernel>() {
+            Ok(kernel) => Check::ok(ID, format!("{kernel}, as {KERNEL_VARIABLE} says")),
+            Err(error) => Check::missing(
+                ID,
+                format!("{KERNEL_VARIABLE}: {error}"),
+                format!("unset {KERNEL_VARIABLE}, or name one of these"),
+            ),
+        },
+    }
 }
 
 fn available(allowed: &[u32]) -> Check {

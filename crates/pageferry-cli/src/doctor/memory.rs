@@ -20,9 +20,9 @@ pub(super) fn checks(host: &Host) -> (Vec<Check>, usize) {
             machine.memory_nodes().count()
         }
         Err(error) => {
-            checks.push(Check::warn(
+            checks.push(Check::missing(
                 "nodes",
-                format!("cannot tell: {error}"),
+                format!("cannot be read: {error}"),
                 "mount sysfs at /sys and procfs at /proc",
             ));
             1
