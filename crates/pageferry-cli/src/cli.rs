@@ -8,6 +8,7 @@ use crate::demo::DemoArgs;
 use crate::doctor::DoctorArgs;
 use crate::exit::Exit;
 use crate::man::ManArgs;
+use crate::process::{MigratepagesArgs, MoveArgs, WhereArgs};
 use crate::topology::TopologyArgs;
 
 /// Moves the memory of running programs between NUMA nodes and memory tiers.
@@ -39,6 +40,12 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Measure copying and moving on this machine
     Bench(BenchArgs),
+    /// Show what memory programs have, and on which nodes
+    Where(WhereArgs),
+    /// Move memory of running programs to other nodes
+    Move(MoveArgs),
+    /// Move a program's pages as migratepages(8) of numactl does
+    Migratepages(MigratepagesArgs),
     /// Show nodes, tiers, CPUs, caches and distances
     Topology(TopologyArgs),
     /// Check rights, kernel features and settings, with remedies
@@ -57,7 +64,7 @@ pub(crate) struct JsonArg {
     pub(crate) json: bool,
 }
 
-fn exit_codes() -> String {
+pub(crate) fn exit_codes() -> String {
     let lines = Exit::ALL.map(|(exit, meaning)| format!("\n  {:>3}  {meaning}", exit.code()));
     format!("Exit codes:{}", lines.concat())
 }

@@ -13,17 +13,20 @@ pub(crate) enum Exit {
     Usage,
     /// `doctor` found that something needed is missing.
     Missing,
+    /// `move` left pages behind that were to go.
+    Partial,
     /// Cancelled: 128 + SIGINT, as shells report it.
     Cancelled,
 }
 
 impl Exit {
     /// Every code with its meaning, for `--help` and the man page.
-    pub(crate) const ALL: [(Self, &'static str); 5] = [
+    pub(crate) const ALL: [(Self, &'static str); 6] = [
         (Self::Ok, "success"),
         (Self::Failed, "the operation was tried and failed"),
         (Self::Usage, "wrong usage or bad input; nothing was tried"),
         (Self::Missing, "doctor found that something needed is missing"),
+        (Self::Partial, "move left pages where they were; its report says why"),
         (Self::Cancelled, "cancelled by SIGINT or SIGTERM"),
     ];
 
@@ -34,6 +37,7 @@ impl Exit {
             Self::Failed => 1,
             Self::Usage => 2,
             Self::Missing => 3,
+            Self::Partial => 4,
             Self::Cancelled => 130,
         }
     }

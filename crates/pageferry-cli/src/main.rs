@@ -18,6 +18,7 @@ mod doctor;
 mod exit;
 mod man;
 mod output;
+mod process;
 mod topology;
 
 use std::process::ExitCode;
@@ -45,6 +46,9 @@ fn run(command: Command, context: &Context) -> anyhow::Result<Exit> {
     match command {
         Command::Demo(args) => demo::run(args, context),
         Command::Bench(args) => bench::run(args, context),
+        Command::Where(args) => process::residency(&args, context),
+        Command::Move(args) => process::moving(&args, context),
+        Command::Migratepages(args) => process::migratepages(&args),
         Command::Topology(args) => topology::run(&args, context),
         Command::Doctor(args) => doctor::run(&args, context),
         Command::Completions(args) => completions::run(&args, context),

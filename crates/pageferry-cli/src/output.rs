@@ -204,7 +204,9 @@ pub(crate) fn usage_error(clap: &clap::Error, args: impl Iterator<Item = OsStrin
         .collect();
     let more = more.join(", ");
     let subcommand = subcommand(args);
-    let program = subcommand.map_or("pageferry".to_owned(), |name| format!("pageferry {name}"));
+    let program = subcommand
+        .as_ref()
+        .map_or_else(|| "pageferry".to_owned(), |name| format!("pageferry {name}"));
     let (what, because) = match (clap.kind(), what.split_once(": ")) {
         // "the following arguments were not provided:" continues in the paragraph.
         _ if what.ends_with(':') => (format!("{what} {more}"), format!("`{program}` needs them")),
@@ -224,7 +226,8 @@ pub(crate) fn usage_error(clap: &clap::Error, args: impl Iterator<Item = OsStrin
     let remedy = suggestion(clap)
         .map_or_else(|| help.clone(), |name| format!("did you mean `{name}`? Else {help}"));
     report(&what, (!because.is_empty()).then_some(&*because), Some(&remedy));
-    Exit::Usage
+    // Scripts know one code from migratepages(8).
+    if subcommand.as_deref() == Some("migratepages") { Exit::Failed } else { Exit::Usage }
 }
 
 /// The subcommand that a command line names; clap's errors do not tell.

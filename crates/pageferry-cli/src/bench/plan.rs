@@ -280,7 +280,7 @@ fn region(mode: Mode, asked: Option<u64>, free: u64) -> Result<usize, Problem> {
 }
 
 /// `4096`, `64K`, `512M`, `2G`: powers of 1024.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" | "B" => 0,

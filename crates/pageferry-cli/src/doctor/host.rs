@@ -15,6 +15,7 @@ pub(super) struct Host {
 pub(super) enum Capability {
     SysPtrace = 19,
     SysAdmin = 21,
+    SysNice = 23,
     PerfMon = 38,
 }
 

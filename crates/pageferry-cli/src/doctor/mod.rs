@@ -14,6 +14,7 @@ mod host;
 mod kernel;
 mod limits;
 mod memory;
+mod process;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -88,6 +89,7 @@ pub(crate) fn run(args: &DoctorArgs, context: &Context) -> anyhow::Result<Exit> 
     let mut checks = kernel::checks(&host);
     let (of_memory, nodes) = memory::checks(&host);
     checks.extend(of_memory);
+    checks.extend(process::checks(&host, nodes));
     checks.extend(limits::checks(&host, nodes, affinity::allowed_cpus().len()));
     checks.extend(cpu::checks(&host));
     let status = checks.iter().map(|check| check.status).max().unwrap_or(Status::Ok);

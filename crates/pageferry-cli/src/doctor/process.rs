@@ -1,0 +1,162 @@
+//! The kernel's way of moving: rights over other programs, what forbids a node, what moves pages
+//! on its own. (`numa-balancing` and `nodes` are among the memory settings, `memory-policy` among
+//! the kernel's features.)
+//!
+//! Source: mm/migrate.c (`find_mm_struct`, `do_pages_move`, `kernel_move_pages`), kernel/ptrace.c
+//! (`__ptrace_may_access`), security/yama/yama_lsm.c, `Documentation/admin-guide/mm/numaperf.rst`.
+
+use pageferry_topology::{Machine, NodeList};
+
+use super::Check;
+use super::host::{Capability, Host};
+
+pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
+    let machine = Machine::read_from(host.root()).ok();
+    let memory = machine.as_ref().map(|m| m.memory_nodes().map(|node| node.id).collect());
+    let tiers = machine.as_ref().map_or(1, |machine| machine.tiers().len());
+    vec![
+        between(nodes),
+        others(host),
+        shared(host),
+        ptrace_scope(host),
+        cpuset(host, &memory.unwrap_or_default()),
+        demotion(host, tiers),
+    ]
+}
+
+/// What `move` has to do here; whether the calls work is `memory-policy`'s to say.
+fn between(nodes: usize) -> Check {
+    const ID: &str = "move-between";
+    if nodes < 2 {
+        return Check::ok(ID, "one node: `where` can look, `move` has nothing to move between");
+    }
+    Check::ok(ID, format!("{nodes} nodes: `move` and `migratepages` move programs between them"))
+}
+
+/// Looking into and moving takes `PTRACE_MODE_READ_REALCREDS`: the same user, dumpable, and no
+/// more capabilities than the caller; or `CAP_SYS_PTRACE`.
+fn others(host: &Host) -> Check {
+    const ID: &str = "other-processes";
+    if host.has(Capability::SysPtrace) {
+        return Check::ok(ID, "CAP_SYS_PTRACE: every process in this pid namespace");
+    }
+    Check::warn(
+        ID,
+        "without CAP_SYS_PTRACE only this user's own, if they have no further capabilities",
+        "run as root, or setcap cap_sys_ptrace,cap_sys_nice+ep on the pageferry command",
+    )
+}
+
+/// `MPOL_MF_MOVE_ALL`.
+fn shared(host: &Host) -> Check {
+    const ID: &str = "shared-pages";
+    if host.has(Capability::SysNice) {
+        return Check::ok(ID, "CAP_SYS_NICE: pages that several processes map move too");
+    }
+    Check::warn(
+        ID,
+        "without CAP_SYS_NICE pages that several processes map stay: libraries, shared memory",
+        "run as root, or setcap cap_sys_ptrace,cap_sys_nice+ep on the pageferry command",
+    )
+}
+
+/// Yama restricts attaching only (`PTRACE_MODE_ATTACH`); it is often taken for more.
+fn ptrace_scope(host: &Host) -> Check {
+    const ID: &str = "ptrace-scope";
+    match host.number("proc/sys/kernel/yama/ptrace_scope") {
+        None => Check::ok(ID, "Yama is not part of this kernel"),
+        Some(0) => Check::ok(ID, "0: as the kernel has it"),
+        Some(scope) => {
+            Check::ok(ID, format!("{scope}: restricts debuggers, not looking or moving"))
+        }
+    }
+}
+
+/// What this process's cpuset allows: programs that are started beside it inherit it, and a move
+/// to another node is refused (`EACCES`).
+fn cpuset(host: &Host, memory: &NodeList) -> Check {
+    const ID: &str = "cpuset";
+    let allowed = host.status("Mems_allowed_list").and_then(|text| text.parse::<NodeList>().ok());
+    let Some(allowed) = allowed else {
+        return Check::ok(ID, "cannot tell which nodes are allowed; the kernel will say");
+    };
+    let forbidden = memory.difference(&allowed);
+    if forbidden.is_empty() {
+        return Check::ok(ID, format!("allows every node with memory ({memory})"));
+    }
+    Check::warn(
+        ID,
+        format!("forbids node {forbidden} to programs of this cgroup or container"),
+        format!(
+            "write {memory} to cpuset.mems of the cgroup (--cpuset-mems of the container), and of \
+             those above it"
+        ),
+    )
+}
+
+fn demotion(host: &Host, tiers: usize) -> Check {
+    const ID: &str = "demotion";
+    match host.text("sys/kernel/mm/numa/demotion_enabled").as_deref() {
+        None => Check::ok(ID, "not part of this kernel"),
+        Some("false" | "0") => Check::ok(ID, "off"),
+        Some(_) if tiers < 2 => Check::ok(ID, "on, idle with one tier of memory"),
+        Some(_) => Check::warn(
+            ID,
+            "on: short of memory, the kernel moves pages to slower tiers, also those just moved up",
+            "echo false > /sys/kernel/mm/numa/demotion_enabled, if placement is to be yours alone",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use pageferry_topology::NodeId;
+
+    use super::*;
+    use crate::doctor::Status;
+
+    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        for (path, content) in files {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
+            fs::write(path, content).expect("a file");
+        }
+        let host = Host::new(dir.path());
+        (dir, host)
+    }
+
+    fn two() -> NodeList {
+        [0, 1].into_iter().map(NodeId::new).collect()
+    }
+
+    #[test]
+    fn what_keeps_programs_from_being_moved_is_warned_of_with_a_remedy() {
+        let (_dir, host) = host(&[
+            ("proc/self/status", "CapEff:\t0000000000000000\nMems_allowed_list:\t0\n"),
+            ("sys/kernel/mm/numa/demotion_enabled", "true\n"),
+        ]);
+        let found = [others(&host), shared(&host), cpuset(&host, &two()), demotion(&host, 2)];
+        for check in &found {
+            assert_eq!(check.status, Status::Warn, "{check:?}");
+            assert!(check.remedy.is_some(), "{check:?}");
+        }
+        assert!(found[2].found.contains("forbids node 1"), "{:?}", found[2]);
+    }
+
+    #[test]
+    fn what_does_not_matter_is_not_warned_of() {
+        let (_dir, host) = host(&[
+            // CAP_SYS_PTRACE is bit 19, CAP_SYS_NICE bit 23.
+            ("proc/self/status", "CapEff:\t0000000000880000\nMems_allowed_list:\t0-7\n"),
+            ("proc/sys/kernel/yama/ptrace_scope", "3\n"),
+            ("sys/kernel/mm/numa/demotion_enabled", "true\n"),
+        ]);
+        let found = [others(&host), shared(&host), cpuset(&host, &two()), ptrace_scope(&host)];
+        for check in found.iter().chain([&demotion(&host, 1)]) {
+            assert_eq!(check.status, Status::Ok, "{check:?}");
+        }
+    }
+}

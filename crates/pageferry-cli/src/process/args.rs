@@ -1,0 +1,204 @@
+//! Values that options take: nodes, durations, addresses, kinds of memory.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, ValueHint};
+use pageferry::process::{Filter, Kind, Target};
+use pageferry_topology::{ListError, Machine, NodeId, NodeList};
+
+use super::trouble;
+use crate::output::Problem;
+
+/// `PID_MAX_LIMIT` on 64-bit kernels, include/linux/threads.h.
+const PID_MAX: u32 = 4 << 20;
+
+/// Which of their memory.
+#[derive(Debug, Args)]
+pub(super) struct FilterArgs {
+    /// Only memory of these kinds
+    #[arg(long, value_name = "KIND", value_delimiter = ',', value_parser = kinds())]
+    pub(super) only: Vec<Kind>,
+
+    /// Only mappings whose name contains this, or is like it where it has * or ?
+    #[arg(long, value_name = "NAME")]
+    pub(super) file: Option<String>,
+}
+
+impl FilterArgs {
+    pub(super) fn filter(&self) -> Filter {
+        let filter = Filter::new().kinds(self.only.iter().copied());
+        match &self.file {
+            Some(name) => filter.name(name),
+            None => filter,
+        }
+    }
+}
+
+/// Whole cgroups, and children.
+#[derive(Debug, Args)]
+pub(super) struct GroupArgs {
+    /// A cgroup with those below it: a folder, or a path below /sys/fs/cgroup; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::DirPath)]
+    pub(super) cgroup: Vec<PathBuf>,
+
+    /// Their children too, and theirs
+    #[arg(long)]
+    pub(super) children: bool,
+}
+
+/// Everything that was named.
+pub(super) fn targets(pids: &[u32], groups: &GroupArgs) -> Vec<Target> {
+    let pids = pids.iter().map(|pid| Target::Pid(*pid));
+    pids.chain(groups.cgroup.iter().cloned().map(Target::Cgroup)).collect()
+}
+
+fn kinds() -> impl TypedValueParser<Value = Kind> {
+    let named = |name: String| Kind::ALL.into_iter().find(|kind| kind.name() == name);
+    PossibleValuesParser::new(Kind::ALL.map(Kind::name))
+        .try_map(move |name| named(name).ok_or("no such kind"))
+}
+
+/// The machine that this runs on.
+pub(super) fn machine() -> Result<Machine, Problem> {
+    Machine::read().map_err(|error| trouble::of_machine(&error))
+}
+
+/// Nodes that pages are taken from.
+pub(super) fn from(text: &str, machine: &Machine) -> Result<NodeList, Problem> {
+    let all = machine.nodes().iter().map(|node| node.id).collect();
+    NodeList::parse(text, &all).map_err(|error| bad_list("--from", text, &error, &all))
+}
+
+/// Nodes that pages go to, in the order in which they are named where each is named by itself.
+pub(super) fn to(text: &str, machine: &Machine) -> Result<Vec<NodeId>, Problem> {
+    let with_memory = machine.memory_nodes().map(|node| node.id).collect();
+    let nodes = with_memory_only("--to", text, machine, &with_memory)?;
+    let in_order = text.split(',').map(|part| NodeList::parse(part, &with_memory));
+    let in_order: Result<Vec<_>, _> = in_order.collect();
+    let mut list: Vec<NodeId> = match in_order {
+        Ok(parts) if !text.trim().starts_with(['!', '+']) => {
+            parts.iter().flat_map(NodeList::iter).collect()
+        }
+        _ => nodes.iter().collect(),
+    };
+    let mut seen = Vec::new();
+    list.retain(|node| {
+        let is_new = !seen.contains(node);
+        seen.push(*node);
+        is_new
+    });
+    Ok(list)
+}
+
+/// A list of nodes that must have memory.
+pub(super) fn with_memory_only(
+    option: &str,
+    text: &str,
+    machine: &Machine,
+    allowed: &NodeList,
+) -> Result<NodeList, Problem> {
+    NodeList::parse(text, allowed).map_err(|error| {
+        let all: NodeList = machine.nodes().iter().map(|node| node.id).collect();
+        match NodeList::parse(text, &all) {
+            Ok(nodes) if matches!(error, ListError::NotThere { .. }) => {
+                let empty = nodes.difference(allowed);
+                Problem::bad_input(
+                    format!("{option} '{text}': no memory can go there"),
+                    format!("node {empty} has no memory, or is not allowed to this process"),
+                    format!("choose from {allowed}; `pageferry topology` shows the nodes"),
+                )
+            }
+            _ => bad_list(option, text, &error, allowed),
+        }
+    })
+}
+
+fn bad_list(option: &str, text: &str, error: &ListError, allowed: &NodeList) -> Problem {
+    Problem::bad_input(
+        format!("{option} '{text}': not a list of nodes of this machine"),
+        error.to_string(),
+        format!("name some of {allowed}, such as +0 or all; `pageferry topology` shows them"),
+    )
+}
+
+/// The number of a process.
+pub(super) fn pid(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(pid) if (1..=PID_MAX).contains(&pid) => Ok(pid),
+        _ => Err(format!("the number of a process is 1 to {PID_MAX}; `ps -e` lists them")),
+    }
+}
+
+/// The time that one call may take.
+pub(super) fn latency(text: &str) -> Result<Duration, String> {
+    let latency = duration(text)?;
+    match (Duration::from_micros(100)..=Duration::from_secs(10)).contains(&latency) {
+        true => Ok(latency),
+        false => Err("it can be 100us to 10s".into()),
+    }
+}
+
+/// `20ms`, `500us`, `1.5s`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "" => return Err("the unit is missing; write for example 20ms".into()),
+        unit => return Err(format!("unknown unit '{unit}'; use us, ms or s")),
+    };
+    let number: f64 = digits.parse().map_err(|_| "expected a time such as 20ms".to_owned())?;
+    Duration::try_from_secs_f64(number * unit).map_err(|_| "not a time".to_owned())
+}
+
+/// `7f0000000000-7f0000200000`: hexadecimal, as in `/proc/PID/maps`, `0x` or not.
+pub(super) fn addresses(text: &str) -> Result<Range<usize>, String> {
+    let number = |part: &str| {
+        let digits = part.trim().trim_start_matches("0x");
+        usize::from_str_radix(digits, 16)
+            .map_err(|_| format!("'{part}' is no hexadecimal address; see /proc/PID/maps"))
+    };
+    let (start, end) =
+        text.split_once('-').ok_or("expected two addresses such as 7f0000000000-7f0000200000")?;
+    let (start, end) = (number(start)?, number(end)?);
+    if start >= end {
+        return Err("the range ends before it begins".into());
+    }
+    whole_pages(start..end).ok_or_else(|| "beyond the address space".into())
+}
+
+/// The pages that a range has a part of. `None`: beyond the address space.
+pub(super) fn whole_pages(range: Range<usize>) -> Option<Range<usize>> {
+    let page = pageferry_sys::page_size();
+    Some(range.start / page * page..range.end.checked_next_multiple_of(page)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(duration("20ms"), Ok(Duration::from_millis(20)));
+        assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(duration("500us"), Ok(Duration::from_micros(500)));
+        for bad in ["20", "ms", "", "-1s", "1h", "1e400s", "NaNs"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_are_written_as_in_maps() {
+        assert_eq!(addresses("10000-30000"), Ok(0x10000..0x30000));
+        let page = pageferry_sys::page_size();
+        let part = format!("{:#x}-{:#x}", 8 * page + 16, 9 * page + 16);
+        assert_eq!(addresses(&part), Ok(8 * page..10 * page));
+        for bad in ["1000", "3000-1000", "1000-1000", "x-y", "1-", "", "1-ffffffffffffffff"] {
+            assert!(addresses(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! `pageferry migratepages`: in the place of migratepages(8) of numactl.
+//!
+//! What always holds: as the original, it says nothing where it succeeds, succeeds where pages
+//! stayed behind, and ends with 1 where anything at all is wrong. Where it differs: pages that
+//! are busy are tried again, a destination that fills up is left alone at the kernel's watermark,
+//! and what is wrong is said in this command's form, on stderr.
+
+use clap::Args;
+use pageferry::process::{Destination, ProcessMove};
+use pageferry_topology::NodeList;
+
+use super::{args, trouble};
+use crate::cancel;
+use crate::exit::Exit;
+use crate::output::Problem;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Says nothing and ends with 0 also where pages stayed behind, with 1 where \
+                        anything is wrong, as migratepages(8) does. `pageferry move` reports."
+)]
+pub(crate) struct MigratepagesArgs {
+    /// The process
+    #[arg(value_name = "PID")]
+    pid: String,
+
+    /// Nodes that pages are taken from: 0,2-3, all, !1 (all but 1), +0 (the first allowed)
+    #[arg(value_name = "FROM")]
+    from: String,
+
+    /// Nodes that they go to: the first of FROM goes to the first of TO, and so on
+    #[arg(value_name = "TO")]
+    to: String,
+}
+
+pub(crate) fn run(args: &MigratepagesArgs) -> anyhow::Result<Exit> {
+    migrate(args).map_err(|problem| Problem { exit: Exit::Failed, ..problem })?;
+    Ok(if cancel::requested() { Exit::Cancelled } else { Exit::Ok })
+}
+
+fn migrate(args: &MigratepagesArgs) -> Result<(), Problem> {
+    let pid = pid(&args.pid).map_err(|because| {
+        Problem::bad_input(
+            format!("PID {}", args.pid),
+            because,
+            "name a running process; `ps -e` lists them",
+        )
+    })?;
+    let machine = args::machine()?;
+    let with_memory: NodeList = machine.memory_nodes().map(|node| node.id).collect();
+    // numa_parse_nodestring(3): the nodes of the caller's cpuset.
+    let own = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:"));
+    let own: Option<NodeList> = own.and_then(|list| list.parse().ok());
+    let allowed = own.map_or_else(|| with_memory.clone(), |own| with_memory.intersection(&own));
+    let from = args::with_memory_only("FROM", &args.from, &machine, &allowed)?;
+    let to = args::with_memory_only("TO", &args.to, &machine, &allowed)?;
+    let report = ProcessMove::new(Destination::paired(&from, &to))
+        .pid(pid)
+        .cancelled_by(cancel::requested_flag().clone())
+        .run();
+    report.map(drop).map_err(|error| trouble::of_move(&error))
+}
+
+/// A number as `strtoul(3)` reads it with base 0: decimal, 0x hexadecimal, 0 octal.
+fn pid(text: &str) -> Result<u32, String> {
+    let (digits, radix) = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => (digits, 16),
+        None if text.len() > 1 && text.starts_with('0') => (&text[1..], 8),
+        None => (text, 10),
+    };
+    match u32::from_str_radix(digits, radix) {
+        Ok(0) => Err("0 stands for this command itself, whose memory ends with it".into()),
+        Ok(pid) if !digits.starts_with('+') => Ok(pid),
+        _ => Err("it is not the number of a process".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_is_read_as_the_original_reads_it() {
+        assert_eq!(pid("4711"), Ok(4711));
+        assert_eq!(pid("0x10"), Ok(16));
+        assert_eq!(pid("010"), Ok(8));
+        for bad in ["0", "", "x", "-1", "+1", "0x", "08", "1.5", "99999999999"] {
+            assert!(pid(bad).is_err(), "{bad}");
+        }
+    }
+}
