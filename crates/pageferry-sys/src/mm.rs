@@ -44,7 +44,8 @@ const MPOL_DEFAULT: i32 = 0;
 pub const MAX_NODES: usize = 1024;
 const MASK_WORDS: usize = MAX_NODES / 64;
 
-fn mask_of(node: u32) -> Result<[u64; MASK_WORDS], Errno> {
+/// The mask of one node. `EINVAL`: beyond [`MAX_NODES`].
+pub(crate) fn mask_of(node: u32) -> Result<[u64; MASK_WORDS], Errno> {
     let mut mask = [0u64; MASK_WORDS];
     let word = mask.get_mut(node as usize / 64).ok_or(Errno(libc::EINVAL))?;
     *word = 1 << (node % 64);
@@ -104,6 +105,22 @@ pub(crate) unsafe fn map_over(start: usize, len: usize) -> Result<(), Errno> {
 pub(crate) unsafe fn unmap(start: usize, len: usize) -> Result<(), Errno> {
     // SAFETY: promised by the caller.
     let ret = unsafe { libc::munmap(std::ptr::without_provenance_mut(start), len) };
+    Errno::result(ret.into()).map(drop)
+}
+
+/// `PR_SET_VMA` and `PR_SET_VMA_ANON_NAME` (Linux 5.17), include/uapi/linux/prctl.h.
+const PR_SET_VMA: libc::c_int = 0x5356_4d41;
+const PR_SET_VMA_ANON_NAME: libc::c_ulong = 0;
+
+/// Names private anonymous memory: `[anon:NAME]` in `/proc/PID/maps`. A name has up to 79 printable
+/// characters, without `[]\$` and the backtick.
+///
+/// # Errors
+/// `EINVAL`: a kernel without `CONFIG_ANON_VMA_NAME`, or such a character; `EBADF`: not anonymous;
+/// `ENOMEM`: not mapped.
+pub fn name(start: usize, len: usize, name: &std::ffi::CStr) -> Result<(), Errno> {
+    // SAFETY: reads the name, and changes neither the mapping's content nor its rights.
+    let ret = unsafe { libc::prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, start, len, name.as_ptr()) };
     Errno::result(ret.into()).map(drop)
 }
 
@@ -245,6 +262,24 @@ pub(crate) fn page_nodes(pages: &[usize], status: &mut [i32]) -> Result<(), Errn
 #[allow(clippy::single_range_in_vec_init, reason = "one gap is a list of gaps")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_shows_in_the_maps_if_the_kernel_has_names() {
+        let len = 4 * crate::page_size();
+        let start = map(len, crate::page_size()).expect("memory");
+        match name(start, len, c"pageferry test") {
+            Ok(()) => {
+                let maps = std::fs::read_to_string("/proc/self/maps").expect("procfs");
+                let line = maps.lines().find(|l| l.starts_with(&format!("{start:x}-")));
+                let line = line.expect("a mapping of its own");
+                assert!(line.ends_with("[anon:pageferry test]"), "{line}");
+            }
+            Err(e) => eprintln!("skipped: this kernel does not name memory ({e})"),
+        }
+        assert_eq!(name(start, len, c"[no]"), Err(Errno(libc::EINVAL)));
+        // SAFETY: mapped above.
+        unsafe { unmap(start, len) }.expect("mapped");
+    }
 
     #[test]
     fn gaps_are_what_no_mapping_covers() {

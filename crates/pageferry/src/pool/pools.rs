@@ -149,6 +149,8 @@ impl Pools {
             self.sys.advise(start, len, Advice::DontFork)?;
             let _ = self.sys.advise(start, len, Advice::DontDump);
         }
+        // Without names the kernel's way, asked from outside, takes frames to other nodes.
+        let _ = pageferry_sys::mm::name(start, len, c"pageferry pool");
         if self.config.nodes.len() > 1 {
             self.sys.prefer_node(start, len, node)?;
         }

@@ -27,6 +27,8 @@ const WINDOW: usize = 1 << 30;
 const RUNS: usize = 512;
 /// A process that executes one program after the other is followed so many times.
 const EXECS: u32 = 3;
+/// How the pools of an engine are named.
+const POOL: &str = "[anon:pageferry pool]";
 /// Looks for new processes.
 const ROUNDS: u32 = 256;
 
@@ -206,6 +208,10 @@ impl Walk {
             let Some((kind, page_bytes)) = Kind::of(&current.vma, &current.backings) else {
                 continue;
             };
+            // Frames of an engine in that process: it relies on their nodes, and they hold nothing.
+            if !self.keep_mappings && current.vma.name == POOL {
+                continue;
+            }
             let Some(range) = self.filter.select(&current.vma, kind) else { continue };
             self.mappings += 1;
             (current.kind, current.page_bytes, current.left) = (kind, page_bytes, range);
