@@ -1,8 +1,9 @@
-//! The project's own chores: `cargo xtask test` and `cargo xtask soak`.
+//! The project's own chores: `cargo xtask test`, `cargo xtask guest` and `cargo xtask soak`.
 //!
 //! What always holds: a stage that does not run says why, the last line counts what passed,
 //! failed and was skipped, and the exit code is 0 only if nothing failed.
 
+mod guest;
 mod needs;
 mod stage;
 mod test;
@@ -22,13 +23,16 @@ struct Cli {
 enum Chore {
     /// Run all tests: format, lints, tests, model checking, documentation, smoke runs
     Test(TestArgs),
+    /// Boot machines with several nodes under QEMU, for tests or a look around
+    #[command(subcommand)]
+    Guest(guest::Guest),
     /// Move memory back and forth under verifying readers and writers, for as long as told
     Soak(SoakArgs),
 }
 
 #[derive(Debug, Args)]
 struct TestArgs {
-    /// Leave out model checking, which takes the longest
+    /// Leave out model checking and the guests, which take the longest
     #[arg(long)]
     fast: bool,
 }
@@ -44,6 +48,7 @@ struct SoakArgs {
 fn main() -> ExitCode {
     let stages = match Cli::parse().chore {
         Chore::Test(args) => test::test(args.fast),
+        Chore::Guest(what) => guest::guest(&what),
         Chore::Soak(args) => test::soak(args.seconds),
     };
     stages.conclude()

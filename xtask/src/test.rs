@@ -1,5 +1,6 @@
 //! The stages of `cargo xtask test`, and the soak test.
 
+use crate::guest;
 use crate::needs;
 use crate::stage::{Ran, Stages, cargo, finish, root, say, target_dir};
 use anyhow::{Context as _, bail};
@@ -10,7 +11,7 @@ const MISSING: i32 = 3;
 /// What the demo's smoke run indexes: text that every clone has.
 const TEXT: &str = "crates";
 
-/// All tests; without model checking if `fast`.
+/// All tests; without model checking and guests if `fast`.
 pub(crate) fn test(fast: bool) -> Stages {
     let mut stages = Stages::default();
     stages.run("Format", || {
@@ -33,6 +34,9 @@ pub(crate) fn test(fast: bool) -> Stages {
     stages.run("Model checking: flights", || {
         model_check(fast, &["-p", "pageferry", "--lib"], "flight_model")
     });
+    stages.run("Model checking: pools", || {
+        model_check(fast, &["-p", "pageferry", "--lib"], "pool::model")
+    });
     stages.run("Licences, sources and advisories", deny);
     stages.run("Documentation", || {
         // `--lib`: the command's crate and the library have one name, and so one page.
@@ -42,6 +46,7 @@ pub(crate) fn test(fast: bool) -> Stages {
     stages.run("Bench, smoke run", || with_engine(&["bench", "--smoke"]));
     stages
         .run("Demo, smoke run", || with_engine(&["demo", TEXT, "--size", "32M", "--seconds", "3"]));
+    stages.run("Guests", || guest::stage(fast));
     stages
 }
 

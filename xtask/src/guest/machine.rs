@@ -1,0 +1,173 @@
+//! The machines that are emulated: a table, and QEMU's words for it.
+
+use std::fmt;
+
+/// A node of a machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Node {
+    pub(crate) mib: u32,
+    pub(crate) cpus: u32,
+}
+
+/// A machine.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) name: &'static str,
+    pub(crate) nodes: &'static [Node],
+    /// Distances between different nodes, as ACPI's SLIT has them (10: local).
+    distances: &'static [(usize, usize, u8)],
+    /// The test binaries that run there: beginnings of their names.
+    pub(crate) suites: &'static [&'static str],
+    /// Huge pages of 2 MiB set aside for hugetlb on each node.
+    pub(crate) hugetlb: u32,
+}
+
+/// Distance of two sockets, and of memory behind a link (CXL), as usual in firmware.
+const SOCKET: u8 = 20;
+const LINK: u8 = 31;
+
+/// All machines, in the order in which they run. None has more than two CPUs: an emulated CPU that
+/// waits its turn for one of the host's, while the others spin for it, makes minutes of seconds.
+pub(crate) const MACHINES: &[Machine] = &[
+    Machine {
+        name: "two",
+        nodes: &[Node { mib: 3072, cpus: 1 }, Node { mib: 3072, cpus: 1 }],
+        distances: &[(0, 1, SOCKET)],
+        suites: &[""],
+        hugetlb: 32,
+    },
+    Machine {
+        name: "tier",
+        nodes: &[
+            Node { mib: 768, cpus: 1 },
+            Node { mib: 512, cpus: 1 },
+            Node { mib: 1024, cpus: 0 },
+        ],
+        distances: &[(0, 1, SOCKET), (0, 2, LINK), (1, 2, LINK)],
+        suites: &["node_", "process_"],
+        hugetlb: 8,
+    },
+    Machine {
+        name: "four",
+        nodes: &[
+            Node { mib: 512, cpus: 1 },
+            Node { mib: 512, cpus: 1 },
+            Node { mib: 512, cpus: 0 },
+            Node { mib: 512, cpus: 0 },
+        ],
+        distances: &[
+            (0, 1, SOCKET),
+            (0, 2, SOCKET),
+            (0, 3, SOCKET),
+            (1, 2, SOCKET),
+            (1, 3, SOCKET),
+            (2, 3, SOCKET),
+        ],
+        suites: &["node_", "moves"],
+        hugetlb: 8,
+    },
+    Machine {
+        name: "small",
+        nodes: &[Node { mib: 1024, cpus: 2 }, Node { mib: 160, cpus: 0 }],
+        distances: &[(0, 1, SOCKET)],
+        suites: &["node_"],
+        hugetlb: 0,
+    },
+    Machine {
+        name: "one",
+        nodes: &[Node { mib: 1536, cpus: 2 }],
+        distances: &[],
+        suites: &["moves", "properties"],
+        hugetlb: 8,
+    },
+];
+
+impl Machine {
+    /// The machine of that name; the error lists all names.
+    pub(crate) fn named(name: &str) -> Result<&'static Self, String> {
+        MACHINES.iter().find(|m| m.name == name).ok_or_else(|| {
+            let names: Vec<_> = MACHINES.iter().map(|m| m.name).collect();
+            format!("there is no machine of that name; there are {}", names.join(", "))
+        })
+    }
+
+    /// Whether a test binary runs there.
+    pub(crate) fn runs(&self, binary: &str) -> bool {
+        self.suites.iter().any(|start| binary.starts_with(start))
+    }
+
+    /// Words of QEMU's command line: processors, memory, nodes and distances.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let sum = |of: fn(&Node) -> u32| self.nodes.iter().map(of).sum::<u32>();
+        let cpus = sum(|n| n.cpus);
+        let mut words = vec!["-smp".into(), format!("{cpus},sockets={cpus}")];
+        words.extend(["-m".into(), format!("{}M", sum(|n| n.mib))]);
+        let mut next = 0;
+        for (id, node) in self.nodes.iter().enumerate() {
+            let backend = format!("memory-backend-ram,id=m{id},size={}M", node.mib);
+            let mut numa = format!("node,nodeid={id},memdev=m{id}");
+            for cpu in next..next + node.cpus {
+                numa += &format!(",cpus={cpu}");
+            }
+            next += node.cpus;
+            words.extend(["-object".into(), backend, "-numa".into(), numa]);
+        }
+        for (from, to, distance) in self.distances {
+            words.push("-numa".into());
+            words.push(format!("dist,src={from},dst={to},val={distance}"));
+        }
+        words
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.name)?;
+        for (id, Node { mib, cpus }) in self.nodes.iter().enumerate() {
+            let comma = if id == 0 { "" } else { "," };
+            match cpus {
+                0 => write!(f, "{comma} node {id} with {mib} MiB and no CPU")?,
+                1 => write!(f, "{comma} node {id} with {mib} MiB and a CPU")?,
+                _ => write!(f, "{comma} node {id} with {mib} MiB and {cpus} CPUs")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_is_told_to_qemu_node_by_node() {
+        let words = Machine::named("tier").expect("in the table").words().join(" ");
+        assert_eq!(
+            words,
+            "-smp 2,sockets=2 -m 2304M \
+             -object memory-backend-ram,id=m0,size=768M -numa node,nodeid=0,memdev=m0,cpus=0 \
+             -object memory-backend-ram,id=m1,size=512M -numa node,nodeid=1,memdev=m1,cpus=1 \
+             -object memory-backend-ram,id=m2,size=1024M -numa node,nodeid=2,memdev=m2 \
+             -numa dist,src=0,dst=1,val=20 -numa dist,src=0,dst=2,val=31 \
+             -numa dist,src=1,dst=2,val=31"
+        );
+    }
+
+    #[test]
+    fn every_pair_of_nodes_has_a_distance_once() {
+        for machine in MACHINES {
+            let nodes = machine.nodes.len();
+            let mut pairs: Vec<_> = machine.distances.iter().map(|(a, b, _)| (*a, *b)).collect();
+            pairs.sort_unstable();
+            let wanted: Vec<_> =
+                (0..nodes).flat_map(|a| (a + 1..nodes).map(move |b| (a, b))).collect();
+            assert_eq!(pairs, wanted, "{machine}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_is_not_there_is_refused_with_those_that_are() {
+        let error = Machine::named("eight").expect_err("not in the table");
+        assert!(error.ends_with("there are two, tier, four, small, one"), "{error}");
+    }
+}
