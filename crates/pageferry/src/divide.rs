@@ -52,6 +52,14 @@ pub(crate) struct Running<'j> {
     pub(crate) last_huge: AtomicBool,
 }
 
+/// A batch in the air.
+struct Launched {
+    /// The time of its detach.
+    detach: Duration,
+    /// The CPU copies it, not an engine that may break.
+    with_cpu: bool,
+}
+
 impl Running<'_> {
     fn engine(&self) -> &dyn CopyEngine {
         match &self.job.engine {
@@ -285,7 +293,7 @@ impl Running<'_> {
     fn conducted(&self) {
         let mut tally = Tally::new();
         let mut free: Vec<Berth<'_>> = Vec::with_capacity(MAX_WINDOW);
-        let mut air: VecDeque<(Berth<'_>, Choice, Duration)> = VecDeque::with_capacity(MAX_WINDOW);
+        let mut air: VecDeque<(Berth<'_>, Choice, Launched)> = VecDeque::with_capacity(MAX_WINDOW);
         let mut ended = false;
         loop {
             let landed = air.front().is_some_and(|(b, ..)| b.is_copied());
@@ -312,15 +320,15 @@ impl Running<'_> {
                         let choice = self.choose(segment.size, copiers);
                         match self.launch(&mut berth, segment, choice, !air.is_empty(), &mut tally)
                         {
-                            Some(detach) => air.push_back((berth, choice, detach)),
+                            Some(launched) => air.push_back((berth, choice, launched)),
                             None => free.push(berth),
                         }
                     }
                 }
                 continue;
             }
-            let Some((mut berth, choice, detach)) = air.pop_front() else { break };
-            if !self.await_batch(&Arc::clone(berth.batch())) {
+            let Some((mut berth, choice, launched)) = air.pop_front() else { break };
+            if !self.await_batch(&Arc::clone(berth.batch()), launched.with_cpu) {
                 self.engine_broken.store(true, Ordering::Relaxed);
                 tracing::error!(
                     engine = self.engine().name(),
@@ -334,7 +342,7 @@ impl Running<'_> {
                 self.engine_broken.store(true, Ordering::Relaxed);
             }
             tally.lap(Phase::Copy);
-            self.land(&mut berth, choice, detach, &mut tally);
+            self.land(&mut berth, choice, launched.detach, &mut tally);
             free.push(berth);
         }
         for berth in &mut free {
@@ -345,7 +353,7 @@ impl Running<'_> {
         self.join(tally);
     }
 
-    /// Begins a batch and hands its copies to the engine; returns the time of its detach.
+    /// Begins a batch and hands its copies to the engine.
     fn launch(
         &self,
         berth: &mut Berth<'_>,
@@ -353,7 +361,7 @@ impl Running<'_> {
         choice: Choice,
         nested: bool,
         tally: &mut Tally,
-    ) -> Option<Duration> {
+    ) -> Option<Launched> {
         berth.set_nested(nested);
         let order = self.begin(berth, segment, choice.order, tally)?;
         let mut detach = Duration::ZERO;
@@ -361,12 +369,13 @@ impl Running<'_> {
             berth.detach(0..berth.bytes() / page_size(), nested);
             detach = tally.lap(Phase::Detach);
         }
+        let with_cpu = self.job.engine.is_none() || self.engine_broken.load(Ordering::Relaxed);
         if !berth.kernel_copies() && !self.submit(berth) {
             berth.copy_inline();
             tally.fallbacks += u64::from(self.job.engine.is_some());
         }
         tally.lap(Phase::Copy);
-        Some(detach)
+        Some(Launched { detach, with_cpu })
     }
 
     /// False: the engine did not take the batch.
@@ -393,9 +402,10 @@ impl Running<'_> {
 
     /// Waits for the batch; copies a part meanwhile, spins briefly, then sleeps. False: it will
     /// not be done any more.
-    fn await_batch(&self, batch: &Arc<CopyBatch>) -> bool {
-        // Whatever else a broken engine holds is given a moment, not the same time again.
-        let broken = self.engine_broken.load(Ordering::Relaxed);
+    fn await_batch(&self, batch: &Arc<CopyBatch>, with_cpu: bool) -> bool {
+        // Whatever else a broken engine holds is given a moment, not the same time again. The CPU
+        // that has taken its place may have to wait for its turn on a busy machine.
+        let broken = !with_cpu && self.engine_broken.load(Ordering::Relaxed);
         let deadline = Instant::now() + if broken { ENGINE_TIMEOUT / 100 } else { ENGINE_TIMEOUT };
         // A batch is with the engine that took it, which need not be the one used now; each helps
         // only with its own.

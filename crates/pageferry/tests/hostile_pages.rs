@@ -38,9 +38,12 @@ impl Ksm {
         }
         Some(Self(before))
     }
-    fn sharing() -> u64 {
-        let text = std::fs::read_to_string("/sys/kernel/mm/ksm/pages_sharing").unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
+    /// Pages of this process that are merged (Linux 6.1); before, of all processes.
+    fn merged() -> u64 {
+        let all = "/sys/kernel/mm/ksm/pages_sharing";
+        let text = std::fs::read_to_string("/proc/self/ksm_merging_pages")
+            .or_else(|_| std::fs::read_to_string(all));
+        text.unwrap_or_default().trim().parse().unwrap_or(0)
     }
 }
 
@@ -78,10 +81,12 @@ fn pages_merged_by_ksm_are_busy_or_move_and_part_when_written() {
             return eprintln!("skipped: this kernel has no KSM");
         }
         let until = Instant::now() + Duration::from_secs(10);
-        while Ksm::sharing() < 512 && Instant::now() < until {
+        while Ksm::merged() < 512 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
         }
-        if Ksm::sharing() == 0 {
+        // ksmd may have gigabytes of others' memory (virtual machines') to look at first.
+        let any = Ksm::merged() > 0;
+        if !any {
             eprintln!("skipped in part: KSM merged nothing within 10 s");
         }
         let mover = Mover::start(&engine, &region, order);
@@ -105,7 +110,8 @@ fn pages_merged_by_ksm_are_busy_or_move_and_part_when_written() {
         check("parted");
         let moved = mover.finish();
         racers.finish();
-        assert!(moved.bytes(Outcome::Busy(Busy::Shared)) > 0, "nothing was merged: {moved:?}");
+        let stayed = moved.bytes(Outcome::Busy(Busy::Shared));
+        assert!(!any || stayed > 0, "nothing was merged: {moved:?}");
     }
 }
 

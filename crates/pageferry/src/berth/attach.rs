@@ -21,6 +21,18 @@ const BACK_OFF_LONG: u32 = 17;
 /// Tries of a way to put a page in before another is taken.
 const PLACE_TRIES: u32 = 64;
 
+/// What became of a page that was put in by another way than moving it.
+enum Tried {
+    /// The program has given it up, or is about to say so.
+    GivenUp,
+    /// Something else stands there.
+    Taken,
+    /// It is marked as lost to a memory error.
+    Poisoned,
+    /// What `UFFDIO_COPY` said.
+    Copied(Option<Errno>),
+}
+
 impl Berth<'_> {
     /// Step 6: puts the new pages in (the originals where copying failed). When this returns, no
     /// page of the piece is out. Returns how long the hole lasted, without what this thread was off
@@ -189,27 +201,53 @@ impl Berth<'_> {
     /// What the program gives up is marked by the handler, and `put_in` passes it over. So an errno
     /// that says the same is believed only once the kernel `insists`: until then the mark is on its
     /// way, or the refusal passes.
+    ///
+    /// All of it is tried under the gate: an event is then either unread, and the kernel answers
+    /// `EAGAIN`, or acted on, and the page's home and its mark are those of now. Between its being
+    /// read and acted on, a page that `mremap` took elsewhere would be taken for unmapped, and lost.
     fn place_otherwise(&mut self, page: usize, why: Errno, keep: bool, insists: bool) -> bool {
         let flight = self.flight.as_ref().expect("opened before attach");
-        let home = self.ctx.flights.home_of(flight, self.addr(page));
-        if why == Errno(libc::EEXIST) && self.is_taken(home) {
+        let tried = self.ctx.flights.with_gone(flight, |gone| {
+            if gone.is_some_and(|g| bit(g, page)) {
+                // `put_in` passes it over the next time.
+                return Tried::GivenUp;
+            }
+            let home = self.ctx.flights.home_of(flight, self.addr(page));
+            if why == Errno(libc::EEXIST) && self.is_taken(home) {
+                return if self.event_waits() { Tried::GivenUp } else { Tried::Taken };
+            }
+            let original = keep || self.kernel_copy;
+            let src = if original { self.slot(page) } else { self.frame(page) };
+            // The kernel allocates here: on the node that was asked for, or where the page was.
+            let node = if keep { self.seg().from } else { Some(self.seg().to) };
+            let node = node.filter(|_| !self.ctx.pools.has_one_node());
+            let _preferring = node.map(pageferry_sys::mm::PreferringNode::new);
+            let (sys, fd) = (&self.ctx.sys, &self.ctx.uffd);
+            // SAFETY: the destination is the hole that this page left; the source is ours.
+            let copied = unsafe { sys.copy_in(fd, home, src, page_size()) };
+            let unreadable = matches!(copied.error, Some(Errno(libc::EFAULT | libc::EHWPOISON)));
+            // The source cannot be read: a memory error. What the program must feel is SIGBUS,
+            // not a page of zeros.
+            if unreadable && keep && insists && sys.poison(fd, home, page_size()).error.is_none() {
+                return Tried::Poisoned;
+            }
+            Tried::Copied(copied.error)
+        });
+        match tried {
+            Tried::GivenUp => false,
             // The program has put something there since it gave this page up. (A copy would
             // replace a guard marker, which is one of these things.)
-            if insists {
-                self.settle(page..page + 1, Outcome::Gone, true, false);
+            Tried::Taken => {
+                if insists {
+                    self.settle(page..page + 1, Outcome::Gone, true, false);
+                }
+                insists
             }
-            return insists;
-        }
-        let original = keep || self.kernel_copy;
-        let src = if original { self.slot(page) } else { self.frame(page) };
-        // The kernel allocates here: on the node that was asked for, or where the page was.
-        let node = if keep { self.seg().from } else { Some(self.seg().to) };
-        let node = node.filter(|_| !self.ctx.pools.has_one_node());
-        let _preferring = node.map(pageferry_sys::mm::PreferringNode::new);
-        // SAFETY: the destination is the hole that this page left; the source is ours.
-        let copied = unsafe { self.ctx.sys.copy_in(&self.ctx.uffd, home, src, page_size()) };
-        match copied.error {
-            None => {
+            Tried::Poisoned => {
+                self.settle(page..page + 1, Outcome::CopyFailed, true, false);
+                true
+            }
+            Tried::Copied(None) => {
                 self.placed_otherwise = true;
                 let outcome = if keep { self.kept() } else { Outcome::Moved };
                 // The frame is still in the pool, and so is the original.
@@ -218,24 +256,17 @@ impl Berth<'_> {
             }
             // No mapping of ours there any more, or something else stands there: the program has
             // unmapped or replaced it.
-            Some(Errno(libc::ENOENT | libc::EINVAL | libc::EEXIST | libc::ESRCH)) => {
+            Tried::Copied(Some(Errno(
+                libc::ENOENT | libc::EINVAL | libc::EEXIST | libc::ESRCH,
+            ))) => {
                 if insists {
                     self.settle(page..page + 1, Outcome::Gone, true, false);
                 }
                 insists
             }
-            // The source cannot be read: a memory error. What the program must feel is SIGBUS,
-            // not a page of zeros.
-            Some(Errno(libc::EFAULT | libc::EHWPOISON)) if keep && insists => {
-                let marked = self.ctx.sys.poison(&self.ctx.uffd, home, page_size());
-                let settled = marked.error.is_none();
-                if settled {
-                    self.settle(page..page + 1, Outcome::CopyFailed, true, false);
-                }
-                settled
-            }
-            Some(_) => {
-                self.starved |= copied.error == Some(Errno(libc::ENOMEM));
+            Tried::Copied(Some(Errno(libc::EFAULT | libc::EHWPOISON))) if keep && insists => false,
+            Tried::Copied(Some(errno)) => {
+                self.starved |= errno == Errno(libc::ENOMEM);
                 // Neither way for the frame: from now on try the original.
                 if !keep && why != Errno(libc::EAGAIN) {
                     set(&mut self.failed, page..page + 1);
