@@ -59,7 +59,7 @@ shell)
     setsid cttyhack sh
     ;;
 bench)
-    { pageferry bench --smoke --quiet && /tests/beside_migrate_pages; } >"$results" 2>&1
+    { pageferry bench --smoke --quiet && /tests/beside_migrate_pages 2048 1; } >"$results" 2>&1
     printf '\036end bench smoke %s\n\036over\n' $? >"$results"
     ;;
 test)

@@ -15,12 +15,22 @@ pub(super) const MAX_CHUNK: usize = 16_384;
 /// thread on the machines in `docs/design.md`.
 const FIRST_CHUNK: usize = 64;
 
+/// Pages that the kernel moves at a time (mm/migrate.c, `NR_MAX_BATCHED_MIGRATION`): who touches one
+/// waits for its batch, so that fewer in a call make the wait no shorter.
+const BATCH: usize = 512;
+/// What a base page may take at most before a batch is too much for the latency target.
+const DEAR_NS: f64 = 1_000.0;
+
 /// The size of calls, for pages of one size class.
 #[derive(Clone, Debug)]
 pub(super) struct Chunk {
     target_ns: f64,
     ns_per_page: Option<f64>,
     pages: usize,
+    /// A call has a fixed cost, too (draining the lists of every CPU, milliseconds on a busy
+    /// machine). Divided by a few pages it makes these look dear, and calls ever smaller: they are
+    /// not cut below this.
+    least: usize,
 }
 
 impl Chunk {
@@ -28,8 +38,15 @@ impl Chunk {
     const AIM: f64 = 0.7;
 
     pub(super) fn new(target: Duration, huge: bool) -> Self {
-        let pages = if huge { 1 } else { FIRST_CHUNK };
-        Self { target_ns: target.as_nanos() as f64, ns_per_page: None, pages }
+        let target_ns = target.as_nanos() as f64;
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a quotient of positive numbers, clamped to a small range"
+        )]
+        let batch = ((target_ns / DEAR_NS) as usize).clamp(1, BATCH);
+        let (pages, least) = if huge { (1, 1) } else { (FIRST_CHUNK.min(batch), batch) };
+        Self { target_ns, ns_per_page: None, pages, least }
     }
 
     /// How many pages the next call may have.
@@ -57,7 +74,7 @@ impl Chunk {
         let fits = (self.target_ns * Self::AIM / mean.max(1.0)) as usize;
         // A short call says little about a long one: at most double.
         let most = if pages >= self.pages { self.pages * 2 } else { self.pages };
-        self.pages = fits.clamp(1, most.min(MAX_CHUNK));
+        self.pages = fits.max(self.least).clamp(1, most.min(MAX_CHUNK));
     }
 }
 

@@ -20,9 +20,9 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// One scan covers this much at most, a window aligned to its size: no page, of whatever size,
-/// lies across two.
-const WINDOW: usize = 1 << 30;
+/// One scan covers this much at most, or one page if that is larger: a window aligned to its size, so
+/// that no page lies across two. The scan holds `mmap_lock`, and who maps or unmaps waits for it.
+const WINDOW: usize = 64 << 20;
 /// Runs of one scan.
 const RUNS: usize = 512;
 /// A process that executes one program after the other is followed so many times.
@@ -250,7 +250,8 @@ impl Walk {
     fn scan(&mut self) -> Result<(), Errno> {
         let Some(current) = &mut self.current else { return Ok(()) };
         let start = current.left.start;
-        let end = current.left.end.min((start | (WINDOW - 1)).saturating_add(1));
+        let window = WINDOW.max(current.page_bytes);
+        let end = current.left.end.min((start | (window - 1)).saturating_add(1));
         let told = if self.no_scan {
             read_entries(current, &mut self.entries, &mut self.runs, start..end)
         } else {
