@@ -3,6 +3,7 @@
 
 use pageferry_sys::Errno;
 use pageferry_topology::{NodeError, ReadError};
+use std::any::Any;
 use std::ops::Range;
 
 /// Why an engine could not be built.
@@ -178,4 +179,13 @@ pub enum MigrateError {
     /// The move itself panicked; every page is where it was or where it was to go.
     #[error("the move stopped by a panic (a bug; all pages are intact): {0}")]
     Panicked(String),
+}
+
+/// What a panic said, if it was text.
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+    text.unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! Asking for a move, and following it.
 
 use crate::engine::{Claim, Engine};
-use crate::error::{MigrateError, RegionError};
+use crate::error::{MigrateError, RegionError, panic_text};
 use crate::flight::MAX_PAGES;
 use crate::job::{Control, Frames, Job, max_batch_bytes};
 use crate::plan::Leg;
@@ -444,11 +444,7 @@ impl Prepared {
                 return Err(MigrateError::Register { range, source });
             }
             Err(panic) => {
-                let text = panic
-                    .downcast_ref::<String>()
-                    .cloned()
-                    .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-                return Err(MigrateError::Panicked(text.unwrap_or_default()));
+                return Err(MigrateError::Panicked(panic_text(&*panic)));
             }
         };
         inner.bytes_moved.fetch_add(report.bytes_moved, Ordering::Relaxed);

@@ -103,10 +103,11 @@ impl Host {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
+    /// A host with these files below its root, for the tests of all checks.
+    pub(crate) fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         for (path, content) in files {
             let path = dir.path().join(path);

@@ -168,21 +168,9 @@ fn ksm(host: &Host) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
     use crate::doctor::Status;
-
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        for (path, content) in files {
-            let path = dir.path().join(path);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
-            fs::write(path, content).expect("a file");
-        }
-        let host = Host::new(dir.path());
-        (dir, host)
-    }
+    use crate::doctor::host::tests::host;
 
     #[test]
     fn settings_that_hurt_are_warned_of_with_a_remedy() {

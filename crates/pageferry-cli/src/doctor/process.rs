@@ -110,23 +110,11 @@ fn demotion(host: &Host, tiers: usize) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use pageferry_topology::NodeId;
 
     use super::*;
     use crate::doctor::Status;
-
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
-        let dir = tempfile::tempdir().expect("a temporary directory");
-        for (path, content) in files {
-            let path = dir.path().join(path);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("a directory");
-            fs::write(path, content).expect("a file");
-        }
-        let host = Host::new(dir.path());
-        (dir, host)
-    }
+    use crate::doctor::host::tests::host;
 
     fn two() -> NodeList {
         [0, 1].into_iter().map(NodeId::new).collect()

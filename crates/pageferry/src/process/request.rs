@@ -13,6 +13,7 @@ use super::targets::{Target, Targets};
 use super::walk::Walk;
 use super::work::Work;
 use super::{Priority, ProcessProgress, Reserve};
+use crate::error::panic_text;
 use pageferry_sys::Errno;
 use pageferry_sys::affinity::{CpuSet, allowed_cpus};
 use pageferry_sys::process::{LinuxProcesses, ProcessKernel};
@@ -291,13 +292,8 @@ impl ProcessMove {
 }
 
 fn go(job: Job) -> Result<ProcessReport, ProcessError> {
-    catch_unwind(AssertUnwindSafe(|| job.run())).map_err(|panic| {
-        let text = panic
-            .downcast_ref::<String>()
-            .cloned()
-            .or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
-        ProcessError::Panicked(text.unwrap_or_default())
-    })
+    catch_unwind(AssertUnwindSafe(|| job.run()))
+        .map_err(|panic| ProcessError::Panicked(panic_text(&*panic)))
 }
 
 /// Whether a process may have memory on the nodes.
