@@ -15,7 +15,7 @@ pub(crate) enum Exit {
     Missing,
     /// `move` left pages behind that were to go.
     Partial,
-    /// Cancelled: 128 + SIGINT, as shells report it.
+    /// Cancelled, by whichever signal: 128 + SIGINT, as shells report it.
     Cancelled,
 }
 
@@ -27,7 +27,7 @@ impl Exit {
         (Self::Usage, "wrong usage or bad input; nothing was tried"),
         (Self::Missing, "doctor found that something needed is missing"),
         (Self::Partial, "move left pages where they were; its report says why"),
-        (Self::Cancelled, "cancelled by SIGINT or SIGTERM"),
+        (Self::Cancelled, "cancelled by SIGINT, SIGTERM or SIGHUP"),
     ];
 
     /// The number a shell sees.

@@ -6,8 +6,8 @@
 //! An error that reaches [`main`] is printed as what, because, remedy, and ends
 //! the program with the code that [`exit`] documents.
 //!
-//! SIGINT and SIGTERM set a flag that long subcommands look at between steps
-//! ([`cancel`]); a second one ends the program at once.
+//! SIGINT, SIGTERM and SIGHUP set a flag that long subcommands look at between
+//! steps ([`cancel`]); a second SIGINT or SIGTERM ends the program at once.
 
 mod bench;
 mod cancel;
@@ -19,6 +19,7 @@ mod exit;
 mod man;
 mod output;
 mod process;
+mod size;
 mod topology;
 
 use std::process::ExitCode;

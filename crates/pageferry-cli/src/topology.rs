@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::cli::JsonArg;
 use crate::exit::Exit;
 use crate::output::{BOLD, Context, DIM, Problem};
+use crate::size::size;
 
 #[derive(Debug, Args)]
 pub(crate) struct TopologyArgs {
@@ -203,20 +204,4 @@ fn write_distances(machine: &Machine, out: &mut String) -> std::fmt::Result {
         writeln!(out)?;
     }
     Ok(())
-}
-
-/// `117.4 GiB`; whole numbers without a fraction.
-pub(crate) fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if value.fract() == 0.0 {
-        format!("{value:.0} {}", UNITS[unit])
-    } else {
-        format!("{value:.1} {}", UNITS[unit])
-    }
 }

@@ -1,33 +1,24 @@
 //! `pageferry bench` as a user meets it: what it writes, and what it refuses before it begins.
 
 use std::io::Read as _;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use assert_cmd::assert::Assert;
-use assert_cmd::cargo::cargo_bin;
 use serde_json::Value;
 
+mod support;
+
+use support::{code, command, pageferry, send, stderr, stdout};
+
 fn bench(args: &[&str]) -> Assert {
-    assert_cmd::Command::new(cargo_bin("pageferry"))
-        .arg("bench")
-        .args(args)
-        .env("NO_COLOR", "1")
-        .assert()
-}
-
-fn stdout(assert: &Assert) -> String {
-    String::from_utf8_lossy(&assert.get_output().stdout).into_owned()
-}
-
-fn stderr(assert: &Assert) -> String {
-    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
+    pageferry(&[&["bench"], args].concat())
 }
 
 /// Whether this machine lets an engine be built at all; says so if not.
 fn can_move() -> bool {
     let probe = bench(&["--smoke", "--only", "memory"]);
-    let ran = probe.get_output().status.code() == Some(0);
+    let ran = code(&probe) == Some(0);
     if !ran {
         eprintln!("skipped: no engine can be built here: {}", stderr(&probe));
     }
@@ -169,8 +160,8 @@ fn an_interrupted_run_reports_what_it_has_and_says_that_it_is_not_all() {
     }
     let dir = tempfile::tempdir().expect("a directory");
     let json = dir.path().join("bench.json");
-    let mut child = Command::new(cargo_bin("pageferry"))
-        .args(["bench", "--smoke", "--rounds", "1000", "--only", "memory,copy", "--json"])
+    let run = ["bench", "--smoke", "--rounds", "1000", "--only", "memory,copy", "--json"];
+    let mut child = command(&run)
         .arg(&json)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -181,8 +172,7 @@ fn an_interrupted_run_reports_what_it_has_and_says_that_it_is_not_all() {
     while std::fs::read_dir(&tasks).is_ok_and(|tasks| tasks.count() < 2) {
         std::thread::sleep(Duration::from_millis(5));
     }
-    let sent = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
-    assert!(sent.expect("kill").success());
+    send("INT", &child);
     let patience = Instant::now() + Duration::from_secs(60);
     let status = loop {
         match child.try_wait().expect("a child") {

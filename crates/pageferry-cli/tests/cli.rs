@@ -3,30 +3,14 @@
 use std::io::Read;
 use std::process::{Command, Output, Stdio};
 
-use assert_cmd::assert::Assert;
-use assert_cmd::cargo::cargo_bin;
-
 #[path = "../../pageferry-topology/tests/support/mod.rs"]
+mod machines;
 mod support;
 
-fn pageferry(args: &[&str]) -> Assert {
-    assert_cmd::Command::new(cargo_bin("pageferry"))
-        .args(args)
-        .env_remove("NO_COLOR")
-        .env_remove("COLUMNS")
-        .assert()
-}
-
-fn stdout(assert: &Assert) -> String {
-    String::from_utf8_lossy(&assert.get_output().stdout).into_owned()
-}
-
-fn stderr(assert: &Assert) -> String {
-    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
-}
+use support::{PAGEFERRY, code, command, pageferry, stderr, stdout};
 
 fn tree(machine: &str) -> String {
-    let root = support::unpack(machine);
+    let root = machines::unpack(machine);
     let path = root.path().to_str().expect("a plain path");
     stdout(&pageferry(&["topology", "--root", path]).success())
 }
@@ -63,7 +47,7 @@ fn topology_shows_a_machine_without_numa() {
 
 #[test]
 fn topology_json_is_versioned_and_complete() {
-    let root = support::unpack("cxl");
+    let root = machines::unpack("cxl");
     let path = root.path().to_str().expect("a plain path");
     let out = stdout(&pageferry(&["topology", "--json", "--root", path]).success());
     let json: serde_json::Value = serde_json::from_str(&out).expect("JSON");
@@ -75,8 +59,8 @@ fn topology_json_is_versioned_and_complete() {
 
 #[test]
 fn a_malformed_tree_is_an_error_with_reason_and_remedy() {
-    let root = support::unpack("two-sockets");
-    support::write(root.path(), "sys/devices/system/node/node1/distance", "far\n");
+    let root = machines::unpack("two-sockets");
+    machines::write(root.path(), "sys/devices/system/node/node1/distance", "far\n");
     let path = root.path().to_str().expect("a plain path");
     let result = pageferry(&["topology", "--root", path]).code(1);
     let error = stderr(&result).replace(path, "ROOT");
@@ -210,7 +194,7 @@ fn man_pages_that_cannot_be_written_are_an_error_with_reason_and_remedy() {
 
 #[test]
 fn colours_are_used_when_asked_for_and_otherwise_not_in_a_pipe() {
-    let root = support::unpack("one-node");
+    let root = machines::unpack("one-node");
     let path = root.path().to_str().expect("a plain path");
     let plain = stdout(&pageferry(&["topology", "--root", path]).success());
     assert!(!plain.contains('\u{1b}'), "{plain}");
@@ -221,10 +205,9 @@ fn colours_are_used_when_asked_for_and_otherwise_not_in_a_pipe() {
 
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
-    let root = support::unpack("epyc-nps4");
+    let root = machines::unpack("epyc-nps4");
     // The JSON of 256 CPUs is larger than a pipe holds, so the write does meet the closed end.
-    let mut child = Command::new(cargo_bin("pageferry"))
-        .args(["topology", "--json", "--root"])
+    let mut child = command(&["topology", "--json", "--root"])
         .arg(root.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -255,7 +238,7 @@ fn in_shell(args: &[&str], setup: &str, redirection: &str) -> Output {
     let script = format!("{setup} exec \"$@\" {redirection}");
     Command::new("sh")
         .args(["-c", &script, "sh"])
-        .arg(cargo_bin("pageferry"))
+        .arg(&*PAGEFERRY)
         .args(args)
         .output()
         .expect("a shell")
@@ -319,7 +302,7 @@ fn doctor_agrees_with_its_exit_code_and_has_a_remedy_for_all_that_is_not_ok() {
         assert!(check["found"].as_str().is_some_and(|found| !found.is_empty()), "{check}");
     }
     let missing = checks.iter().any(|check| check["status"] == "missing");
-    assert_eq!(result.get_output().status.code(), Some(if missing { 3 } else { 0 }));
+    assert_eq!(code(&result), Some(if missing { 3 } else { 0 }));
     let mut ids: Vec<&str> = checks.iter().filter_map(|check| check["id"].as_str()).collect();
     ids.sort_unstable();
     ids.dedup();
@@ -331,10 +314,10 @@ fn doctor_agrees_with_its_exit_code_and_has_a_remedy_for_all_that_is_not_ok() {
 
 #[test]
 fn doctor_warns_of_settings_in_a_replaced_tree() {
-    let root = support::unpack("two-sockets");
+    let root = machines::unpack("two-sockets");
     let thp = "sys/kernel/mm/transparent_hugepage/enabled";
-    support::write(root.path(), thp, "always madvise [never]\n");
-    support::write(root.path(), "proc/sys/kernel/numa_balancing", "1\n");
+    machines::write(root.path(), thp, "always madvise [never]\n");
+    machines::write(root.path(), "proc/sys/kernel/numa_balancing", "1\n");
     let path = root.path().to_str().expect("a plain path");
     let out = stdout(&pageferry(&["doctor", "--root", path]));
     for expected in ["never: no huge folios", "sysctl kernel.numa_balancing=0"] {

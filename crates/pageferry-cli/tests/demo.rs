@@ -1,10 +1,17 @@
 //! The demo as its users run it, with small corpora.
 
+use assert_cmd::assert::{Assert, OutputAssertExt as _};
 use serde_json::Value;
 use std::error::Error;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+mod support;
+
+use support::{
+    PAGEFERRY, TERM, code, command, pageferry, send, signals, stderr, stdout, stop_signals,
+};
 
 type Result = std::result::Result<(), Box<dyn Error>>;
 
@@ -17,18 +24,22 @@ fn can_move() -> bool {
     offered.is_ok()
 }
 
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_pageferry"));
-    command.arg("demo").args(args);
-    command
+fn demo(args: &[&str]) -> Assert {
+    pageferry(&[&["demo"], args].concat())
 }
 
-fn demo(args: &[&str]) -> std::io::Result<Output> {
-    command(args).output()
+/// A demo under way.
+fn start(args: &[&str]) -> std::io::Result<Child> {
+    let mut command = command(&[&["demo"], args].concat());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
 }
 
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
+/// The report of a demo that was asked to stop, when it has.
+fn cancelled_report(demo: Child) -> std::result::Result<(Value, Assert), Box<dyn Error>> {
+    let ended = demo.wait_with_output()?.assert().code(130);
+    let report: Value = serde_json::from_str(&stdout(&ended))?;
+    assert_eq!(report["cancelled"], true);
+    Ok((report, ended))
 }
 
 /// A folder with a little text and something that is none.
@@ -53,9 +64,8 @@ fn report(extra: &[&str]) -> std::result::Result<Value, Box<dyn Error>> {
     let folder = folder()?;
     let mut args = vec![path(folder.path()), "--size", "6M", "--seconds", "1", "--json"];
     args.extend(extra);
-    let output = demo(&args)?;
-    assert!(output.status.success(), "{}", stderr(&output));
-    let report: Value = serde_json::from_slice(&output.stdout)?;
+    let done = demo(&args).success();
+    let report: Value = serde_json::from_str(&stdout(&done))?;
     assert_eq!(report["schema_version"], 1);
     assert_eq!(report["text"]["files"], 40);
     assert_eq!(report["text"]["not_text"], 1);
@@ -133,9 +143,8 @@ fn a_tiny_text_goes_in_a_limited_number_of_times_and_the_report_says_so() -> Res
     let folder = tempfile::tempdir()?;
     std::fs::write(folder.path().join("tiny.txt"), "a page of a folio on a node")?;
     let args = [path(folder.path()), "--size", "32M", "--seconds", "1"];
-    let output = demo(&[&args[..], &["--json"]].concat())?;
-    assert!(output.status.success(), "{}", stderr(&output));
-    let report: Value = serde_json::from_slice(&output.stdout)?;
+    let done = demo(&[&args[..], &["--json"]].concat()).success();
+    let report: Value = serde_json::from_str(&stdout(&done))?;
     let index = &report["index"];
     assert_eq!(index["editions"], 1000.0, "{index}");
     assert_eq!(index["text_used_up"], true);
@@ -143,7 +152,7 @@ fn a_tiny_text_goes_in_a_limited_number_of_times_and_the_report_says_so() -> Res
     assert!(report["moved"]["bytes"].as_u64() > Some(0));
     assert_eq!(report["scan"]["positions"].as_u64().map(|n| n > 0), Some(true));
     assert_eq!(report["scan"]["differing"], 0);
-    let text = String::from_utf8(demo(&args)?.stdout)?;
+    let text = stdout(&demo(&args));
     let said = text.lines().filter(|line| line.contains("there is too little for 32 MiB"));
     assert_eq!(said.count(), 1, "{text}");
     Ok(())
@@ -155,44 +164,39 @@ fn people_get_a_report_on_stdout_and_no_progress_in_a_pipe() -> Result {
         return Ok(());
     }
     let folder = folder()?;
-    let output = demo(&[path(folder.path()), "--size", "4M", "--seconds", "1"])?;
-    assert!(output.status.success(), "{}", stderr(&output));
-    let text = String::from_utf8(output.stdout)?;
+    let done = demo(&[path(folder.path()), "--size", "4M", "--seconds", "1"]).success();
+    let text = stdout(&done);
     for line in ["text  ", "index  ", "region  ", "route  ", "queries felt", "updates felt"] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line} in {text}");
     }
     assert_eq!(text.matches("none differs").count(), 2, "{text}");
     assert!(!text.contains('\u{1b}'), "no escape sequences in a pipe");
-    let notices = String::from_utf8(output.stderr)?;
+    let notices = stderr(&done);
     assert!(notices.lines().all(|l| l.starts_with("notice:")), "{notices}");
     Ok(())
 }
 
 #[test]
-fn sigint_ends_it_with_a_report() -> Result {
+fn each_signal_that_asks_it_to_stop_ends_it_with_a_report() -> Result {
     if !can_move() {
         return Ok(());
     }
     let folder = folder()?;
-    let args = [path(folder.path()), "--size", "4M", "--seconds", "600", "--json"];
-    let child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (pid, limit) = (child.id(), Instant::now() + Duration::from_secs(60));
-    while !has_thread(pid, "demo-update") && Instant::now() < limit {
-        std::thread::sleep(Duration::from_millis(20));
+    for signal in stop_signals() {
+        let demo = start(&[path(folder.path()), "--size", "4M", "--seconds", "600", "--json"])?;
+        let (pid, limit) = (demo.id(), Instant::now() + Duration::from_secs(60));
+        while !has_thread(pid, "demo-update") && Instant::now() < limit {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        send(signal, &demo);
+        let (report, _) = cancelled_report(demo)?;
+        assert_eq!(report["scan"]["differing"], 0, "SIG{signal}");
     }
-    Command::new("kill").args(["-INT", &pid.to_string()]).status()?;
-    let output = child.wait_with_output()?;
-    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
-    let report: Value = serde_json::from_slice(&output.stdout)?;
-    assert_eq!(report["cancelled"], true);
-    assert_eq!(report["scan"]["differing"], 0);
     Ok(())
 }
 
 #[test]
 fn sigint_while_text_is_read_ends_it_with_a_report_too() -> Result {
-    // SIGTERM is 15 (signal(7)): the last signal for which the program installs a handler.
-    const SIGTERM_BIT: u64 = 1 << (15 - 1);
     if !can_move() {
         return Ok(());
     }
@@ -203,29 +207,19 @@ fn sigint_while_text_is_read_ends_it_with_a_report_too() -> Result {
     for i in 0..20_000 {
         std::fs::hard_link(&binary, folder.path().join(i.to_string()))?;
     }
-    let args = [path(folder.path()), "--size", "4M", "--seconds", "600", "--json"];
-    let child = command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let (pid, limit) = (child.id(), Instant::now() + Duration::from_secs(60));
-    while caught(pid) & SIGTERM_BIT == 0 && Instant::now() < limit {
+    let demo = start(&[path(folder.path()), "--size", "4M", "--seconds", "600", "--json"])?;
+    let (pid, limit) = (demo.id(), Instant::now() + Duration::from_secs(60));
+    // The last signal for which the program installs a handler.
+    while signals(pid, "SigCgt") & TERM == 0 && Instant::now() < limit {
         std::thread::sleep(Duration::from_millis(1));
     }
-    Command::new("kill").args(["-INT", &pid.to_string()]).status()?;
-    let output = child.wait_with_output()?;
-    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
-    let report: Value = serde_json::from_slice(&output.stdout)?;
+    send("INT", &demo);
+    let (report, ended) = cancelled_report(demo)?;
     assert_eq!(report["schema_version"], 1);
-    assert_eq!(report["cancelled"], true);
     assert_eq!(report["index"]["documents"], 0);
     assert_eq!(report["moved"]["bytes"], 0);
-    assert!(stderr(&output).contains("cancelled while reading"), "{}", stderr(&output));
+    assert!(stderr(&ended).contains("cancelled while reading"), "{}", stderr(&ended));
     Ok(())
-}
-
-/// Signals for which a process has handlers, as a mask (`SigCgt`, proc(5)).
-fn caught(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
 fn has_thread(pid: u32, name: &str) -> bool {
@@ -236,10 +230,10 @@ fn has_thread(pid: u32, name: &str) -> bool {
 
 /// Bad input is refused with what, why and what to do, and exit code 2.
 fn refused(args: &[&str], what: &str, because: &str) -> Result {
-    let output = demo(args)?;
-    let said = stderr(&output);
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {said}");
-    assert!(output.stdout.is_empty(), "{args:?}");
+    let refused = demo(args);
+    let said = stderr(&refused);
+    assert_eq!(code(&refused), Some(2), "{args:?}: {said}");
+    assert_eq!(stdout(&refused), "", "{args:?}");
     assert!(said.contains(what), "{args:?}: {what} in {said}");
     assert!(said.contains(because), "{args:?}: {because} in {said}");
     assert!(said.contains("remedy:"), "{args:?}: {said}");
@@ -298,11 +292,11 @@ fn a_limit_of_address_space_is_named_before_anything_is_tried() -> Result {
         // In KiB: from hardly more than the program itself to far more than a small index.
         for limit in ["60000", "200000", "600000"] {
             let script = "ulimit \"$1\" \"$2\" && exec \"$0\" demo --size 4M --json";
-            let arguments = [script, env!("CARGO_BIN_EXE_pageferry"), flag, limit];
-            let output = Command::new("sh").arg("-c").args(arguments).output()?;
-            let said = stderr(&output);
-            assert_eq!(output.status.code(), Some(2), "{flag} {limit}: {said}");
-            assert!(output.stdout.is_empty(), "{flag} {limit}");
+            let arguments = [script, PAGEFERRY.as_str(), flag, limit];
+            let refused = Command::new("sh").arg("-c").args(arguments).output()?.assert();
+            let said = stderr(&refused);
+            assert_eq!(code(&refused), Some(2), "{flag} {limit}: {said}");
+            assert_eq!(stdout(&refused), "", "{flag} {limit}");
             let what = format!("not enough {what} for an index of 4 MiB");
             for part in [what, format!("ulimit {flag}"), "remedy: raise the limit".to_owned()] {
                 assert!(said.contains(&part), "{flag} {limit}: {part} in {said}");

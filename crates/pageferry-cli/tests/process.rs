@@ -7,25 +7,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use assert_cmd::assert::Assert;
-use assert_cmd::cargo::cargo_bin;
 use pageferry_topology::Machine;
 use serde_json::Value;
 
-fn pageferry(args: &[&str]) -> Assert {
-    assert_cmd::Command::new(cargo_bin("pageferry"))
-        .args(args)
-        .env_remove("NO_COLOR")
-        .env_remove("COLUMNS")
-        .assert()
-}
+mod support;
 
-fn stdout(assert: &Assert) -> String {
-    String::from_utf8_lossy(&assert.get_output().stdout).into_owned()
-}
-
-fn stderr(assert: &Assert) -> String {
-    String::from_utf8_lossy(&assert.get_output().stderr).into_owned()
-}
+use support::{
+    HUP, PAGEFERRY, TERM, command, pageferry, send, signals, stderr, stdout, stop_signals,
+};
 
 fn json(assert: &Assert) -> Value {
     serde_json::from_str(&stdout(assert)).expect("JSON")
@@ -157,8 +146,7 @@ fn watching_ends_with_the_process() {
         return;
     }
     let sleeper = Sleeper::start();
-    let mut watch = Command::new(cargo_bin("pageferry"))
-        .args(["where", "--watch=0.1", "--json", &sleeper.pid()])
+    let mut watch = command(&["where", "--watch=0.1", "--json", &sleeper.pid()])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -181,21 +169,41 @@ fn watching_ends_with_the_process() {
 }
 
 #[test]
-fn watching_stops_on_sigint() {
+fn watching_stops_on_each_signal_that_asks_for_it() {
     if !is_one_node() {
         return;
     }
     let sleeper = Sleeper::start();
-    let mut watch = Command::new(cargo_bin("pageferry"))
-        .args(["where", "--watch=3600", "--json", &sleeper.pid()])
+    for signal in stop_signals() {
+        let mut watch = command(&["where", "--watch=3600", "--json", &sleeper.pid()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the command starts");
+        let mut lines = BufReader::new(watch.stdout.take().expect("piped")).lines();
+        lines.next().expect("it looks").expect("text");
+        send(signal, &watch);
+        assert_eq!(watch.wait().expect("it ends").code(), Some(130), "SIG{signal}");
+    }
+}
+
+#[test]
+fn under_nohup_a_terminal_that_closes_stops_nothing() {
+    if !is_one_node() {
+        return;
+    }
+    let sleeper = Sleeper::start();
+    let script = "trap '' HUP; exec \"$0\" where --watch=3600 --json \"$1\"";
+    let mut watch = Command::new("sh")
+        .args(["-c", script, PAGEFERRY.as_str(), &sleeper.pid()])
         .stdout(Stdio::piped())
         .spawn()
-        .expect("the command starts");
+        .expect("a shell");
     let mut lines = BufReader::new(watch.stdout.take().expect("piped")).lines();
     lines.next().expect("it looks").expect("text");
-    let sent = Command::new("kill").args(["-INT", &watch.id().to_string()]).status();
-    assert!(sent.expect("kill").success());
+    let [handled, ignored] = ["SigCgt", "SigIgn"].map(|which| signals(watch.id(), which));
+    send("TERM", &watch);
     assert_eq!(watch.wait().expect("it ends").code(), Some(130));
+    assert_eq!((handled & (HUP | TERM), ignored & HUP), (TERM, HUP));
 }
 
 #[test]
@@ -403,6 +411,24 @@ fn kernel_thread() -> Option<String> {
         let flags = after.split_whitespace().nth(6).and_then(|flags| flags.parse::<u64>().ok());
         flags.is_some_and(|flags| flags & 0x0020_0000 != 0)
     })
+}
+
+#[test]
+fn a_minimum_age_is_refused_with_a_remedy_where_nothing_is_known_of_ages() {
+    let sleeper = Sleeper::start();
+    let args = ["move", "--pid", &sleeper.pid(), "--to", "all", "--min-age"];
+    for bad in ["1", "0s", "25h", "x"] {
+        let error = stderr(&pageferry(&[&args[..], &[bad]].concat()).code(2));
+        assert!(error.contains("--min-age") && error.contains("remedy: "), "{error}");
+    }
+    if Path::new("/sys/kernel/mm/page_idle/bitmap").exists() {
+        return eprintln!("skipped in part: this kernel tracks idle pages");
+    }
+    let error = stderr(&pageferry(&[&args[..], &["1ms"]].concat()).code(1));
+    assert!(
+        error.contains("--min-age") && error.contains("CONFIG_IDLE_PAGE_TRACKING=y"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -2,11 +2,14 @@
 //! that is moved is the test itself.
 
 use std::hint::black_box;
+use std::io::{BufRead, BufReader, Read};
 use std::ops::Range;
-use std::process::{Command, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use assert_cmd::cargo::cargo_bin;
+use io_uring::IoUring;
 use pageferry::Engine;
 use pageferry_topology::Machine;
 use serde_json::Value;
@@ -217,4 +220,157 @@ fn a_program_that_listens_moves_its_regions_itself() {
         assert_eq!(on.join(","), *to, "{told}");
     }
     drop(listener);
+}
+
+#[test]
+fn pages_pinned_for_a_device_stay_with_the_reason_and_move_when_let_go() {
+    let Some(stage) = Stage::new(8 * MIB) else { return };
+    let ring = match IoUring::new(2) {
+        Ok(ring) => ring,
+        Err(error) => return eprintln!("skipped: no io_uring here: {error}"),
+    };
+    let pinned = 64 << 10;
+    let buffer = stage.memory[MIB..].as_ptr().cast_mut().cast();
+    let buffer = libc::iovec { iov_base: buffer, iov_len: pinned };
+    // SAFETY: the memory lives until the buffer is unregistered.
+    if let Err(error) = unsafe { ring.submitter().register_buffers(&[buffer]) } {
+        return eprintln!("skipped: io_uring registers no buffer here (ulimit -l?): {error}");
+    }
+    let to = ["--to", &stage.nodes[1]];
+    let (code, told) = stage.mv(&to);
+    assert_eq!((code, &told["complete"]), (Some(4), &Value::Bool(false)), "{told}");
+    let outcomes = told["outcomes"].as_array().expect("a list").iter();
+    let busy: u64 = outcomes
+        .filter(|o| o["outcome"].get("busy").is_some())
+        .filter_map(|o| o["bytes"].as_u64())
+        .sum();
+    assert!(busy >= pinned as u64 && bytes(&told, "moved") > 0, "{told}");
+    assert!(told["examples"][0]["range"]["start"].is_u64(), "{told}");
+    let mut args = stage.args(&to);
+    args.retain(|arg| arg != "--json");
+    let output = pageferry(&args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    for part in [" stayed", "busy: in use by the kernel", "such as", "pinned for a device"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    ring.submitter().unregister_buffers().expect("registered above");
+    drop(ring);
+    // The kernel lets go of them a moment later.
+    let tries = (0..1000).any(|_| stage.mv(&to).0 == Some(0));
+    assert!(tries, "pages stayed though nothing pins them");
+    assert!(stage.on(1) >= 8 * MIB && stage.is_intact());
+}
+
+/// A control group (version 2) of a guest with programs in it; both are gone when it is dropped.
+struct Group {
+    path: PathBuf,
+    /// With the rest of what each says.
+    programs: Vec<(Child, BufReader<ChildStdout>)>,
+}
+
+const ROLE: &str = "PAGEFERRY_TEST_PROGRAM";
+
+impl Group {
+    /// `None`: this is no guest with control groups; says so.
+    fn new() -> Option<Self> {
+        if std::env::var_os("PAGEFERRY_GUEST").is_none() {
+            eprintln!("skipped: this makes control groups, so it runs in guests only");
+            return None;
+        }
+        let path = format!("/sys/fs/cgroup/pageferry-test-{}", std::process::id());
+        let path = PathBuf::from(path);
+        if let Err(error) = std::fs::create_dir_all(path.join("below")) {
+            eprintln!("skipped: no cgroup can be made here: {error}");
+            return None;
+        }
+        Some(Self { path, programs: Vec::new() })
+    }
+
+    /// This test once more in a group below, in the role of a program.
+    fn start(&mut self, below: &str, test: &str) {
+        let mut program = Command::new(std::env::current_exe().expect("procfs"))
+            .args(["--exact", test, "--nocapture"])
+            .env(ROLE, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("this test runs again");
+        let mut output = BufReader::new(program.stdout.take().expect("piped"));
+        let ready =
+            output.by_ref().lines().map_while(Result::ok).any(|line| line.contains("ready"));
+        assert!(ready, "it ended before it was ready");
+        let procs = self.path.join(below).join("cgroup.procs");
+        std::fs::write(procs, program.id().to_string()).expect("a group of ours");
+        self.programs.push((program, output));
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = std::fs::write(self.path.join("cgroup.kill"), "1");
+        for (program, _) in &mut self.programs {
+            let _ = program.wait();
+        }
+        for path in [&self.path.join("below"), &self.path] {
+            while Path::exists(path) && std::fs::remove_dir(path).is_err() {
+                std::thread::yield_now();
+            }
+        }
+    }
+}
+
+/// What such a program does: it fills memory, waits for the end of its input, and looks.
+#[allow(clippy::print_stdout, reason = "a pipe to the test that started it")]
+fn be_a_program(bytes: usize) {
+    let memory: Vec<u8> = black_box((0..bytes).map(pattern).collect());
+    println!("ready");
+    std::io::stdin().read_to_end(&mut Vec::new()).expect("a pipe");
+    assert!(memory.iter().enumerate().all(|(i, &byte)| byte == pattern(i)));
+}
+
+#[test]
+fn the_programs_of_a_live_cgroup_go_over_and_where_finds_them_there() {
+    const EACH: usize = 8 * MIB;
+    if std::env::var_os(ROLE).is_some() {
+        return be_a_program(EACH);
+    }
+    let Some(stage) = Stage::new(MIB) else { return };
+    let Some(mut group) = Group::new() else { return };
+    let test = "the_programs_of_a_live_cgroup_go_over_and_where_finds_them_there";
+    for below in ["", "below"] {
+        group.start(below, test);
+    }
+    let path = group.path.display().to_string();
+    // A path below where control groups are mounted names it too.
+    let name = path.strip_prefix("/sys/fs/cgroup/").expect("made there");
+    let ask = |args: &[&str]| {
+        let mut all = vec![args[0], "--json", "--only", "anonymous,heap", "--cgroup"];
+        all.extend(&args[1..]);
+        let done = pageferry(&all.into_iter().map(str::to_owned).collect::<Vec<_>>());
+        let error = String::from_utf8_lossy(&done.stderr).into_owned();
+        let told = serde_json::from_slice::<Value>(&done.stdout);
+        (done.status.code(), told.unwrap_or_else(|_| panic!("{error}")))
+    };
+    for (group, to) in
+        [(&*path, &stage.nodes[0]), (name, &stage.nodes[1]), (&path, &stage.nodes[0])]
+    {
+        let (code, told) = ask(&["move", group, "--to", to]);
+        assert_eq!((code, told["processes"].as_u64()), (Some(0), Some(2)), "{told}");
+        let there = bytes(&told, "moved") + bytes(&told, "already_there");
+        assert!(there >= 2 * EACH as u64 && told["complete"] == true, "{told}");
+        let (code, found) = ask(&["where", group]);
+        assert_eq!((code, found["processes"].as_u64()), (Some(0), Some(2)), "{found}");
+        let [only] = &found["nodes"].as_array().expect("a list")[..] else { panic!("{found}") };
+        assert_eq!(only["node"].to_string(), **to, "{found}");
+        assert!(only["bytes"].as_u64() >= Some(2 * EACH as u64), "{found}");
+    }
+    for (program, _) in &mut group.programs {
+        drop(program.stdin.take());
+        assert!(program.wait().expect("our child").success(), "its memory is not what it wrote");
+    }
+    // Nobody is left.
+    let empty = pageferry(&["where", "--cgroup", &path].map(str::to_owned));
+    let error = String::from_utf8_lossy(&empty.stderr).into_owned();
+    assert!(empty.status.code() == Some(2) && error.contains("hold no process"), "{error}");
 }

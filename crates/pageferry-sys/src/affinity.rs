@@ -2,6 +2,8 @@
 
 use crate::Errno;
 use std::ffi::c_ulong;
+use std::os::unix::thread::JoinHandleExt as _;
+use std::thread::JoinHandle;
 
 /// CPUs that a set has room for, as in `cpu_set_t` (glibc's `CPU_SETSIZE`).
 const ROOM: u32 = 1024;
@@ -36,6 +38,21 @@ impl CpuSet {
             libc::sched_setaffinity(tid, size_of_val(self), std::ptr::from_ref(self).cast())
         };
         Errno::result(ret.into()).map(drop)
+    }
+
+    /// From now on this thread runs on these CPUs only.
+    ///
+    /// # Errors
+    /// `ESRCH`: it has ended; `EINVAL`: none of them is there and allowed.
+    pub fn apply_to<T>(&self, thread: &JoinHandle<T>) -> Result<(), Errno> {
+        let size = size_of_val(self);
+        let set = std::ptr::from_ref(self).cast();
+        // SAFETY: a join handle's thread is not joined or detached while the handle is there, so
+        // its number is valid; the mask, of the size given, is made of unsigned longs.
+        match unsafe { libc::pthread_setaffinity_np(thread.as_pthread_t(), size, set) } {
+            0 => Ok(()),
+            errno => Err(Errno(errno)),
+        }
     }
 
     /// Whether a CPU is in the set.
@@ -128,11 +145,18 @@ mod tests {
             eprintln!("skipped: the kernel does not tell the allowed CPUs");
             return;
         };
+        let only = CpuSet::from_iter([first]);
         let seen = std::thread::spawn(move || {
-            CpuSet::from_iter([first]).apply(0).expect("an allowed CPU");
+            only.apply(0).expect("an allowed CPU");
             (allowed_cpus(), current_cpu())
         });
         assert_eq!(seen.join().expect("thread"), (vec![first], Some(first)));
+        let (go, wait) = std::sync::mpsc::channel();
+        let other = std::thread::spawn(move || wait.recv().map(|()| allowed_cpus()));
+        assert_eq!(CpuSet::default().apply_to(&other), Err(Errno(libc::EINVAL)));
+        assert_eq!(only.apply_to(&other), Ok(()));
+        go.send(()).expect("it waits");
+        assert_eq!(other.join().expect("thread"), Ok(vec![first]));
         assert_eq!(allowed_cpus(), before);
         assert_eq!(CpuSet::default().apply(0), Err(Errno(libc::EINVAL)));
         assert_eq!(CpuSet::of_thread(i32::MAX), Err(Errno(libc::ESRCH)));

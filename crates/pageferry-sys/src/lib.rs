@@ -16,6 +16,7 @@ pub mod affinity;
 pub mod cgroup;
 mod errno;
 pub mod fork;
+pub mod idle;
 pub mod inject;
 pub mod mm;
 pub mod pagemap;

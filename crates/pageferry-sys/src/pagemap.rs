@@ -78,6 +78,7 @@ const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<Run>() == 24);
 const PAGEMAP_SCAN: u64 = (3 << 30) | (96 << 16) | ((b'f' as u64) << 8) | 16;
 
 /// One entry of `/proc/self/pagemap`.
+#[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(pub u64);
 
@@ -138,16 +139,13 @@ impl Pagemap {
     /// What `pread(2)` says; `EIO` when the range leaves the address space.
     pub fn entries(&self, start: usize, out: &mut [Entry]) -> Result<(), Errno> {
         let offset = (start / crate::page_size() * 8) as u64;
-        let mut bytes = vec![0u8; out.len() * 8];
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(|e| Errno(e.raw_os_error().unwrap_or(libc::EIO)))?;
-        for (entry, raw) in out.iter_mut().zip(bytes.chunks_exact(8)) {
-            let mut word = [0u8; 8];
-            word.copy_from_slice(raw);
-            *entry = Entry(u64::from_ne_bytes(word));
-        }
-        Ok(())
+        // SAFETY: the bytes of the entries, which nobody else refers to meanwhile. Each is a word
+        // (`repr(transparent)`) of which every value is one.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), size_of_val(out))
+        };
+        let read = self.file.read_exact_at(bytes, offset);
+        read.map_err(|e| Errno(e.raw_os_error().unwrap_or(libc::EIO)))
     }
 
     /// Runs of pages in `start..end` that have any of `wanted`, with those of `wanted` that they

@@ -17,27 +17,26 @@
 
 mod backing;
 pub mod fake;
+mod view;
+mod watermark;
 
 pub use backing::{Backing, Backings};
+use view::{LinuxView, MPOL_MF_MOVE_ALL, living_thread, move_pages};
+use watermark::high_watermark;
 
-use crate::pagemap::{Categories, Entry, Pagemap, Run};
+use crate::idle::{self, IdlePages, LinuxIdle};
+use crate::pagemap::{Categories, Entry, Run};
 use crate::pidfd::PidFd;
-use crate::procfs::{self, Maps, ProcDir, ReadMaps, Status, errno_of};
+use crate::procfs::{self, ProcDir, ReadMaps, Status, errno_of};
 use crate::{Errno, page_size};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What [`ProcessView::move_pages`] finds in `status` before the call: the kernel leaves the
 /// status of pages alone that it gave up on, or never came to.
 pub const UNTOLD: i32 = i32::MIN;
-
-/// `MPOL_MF_MOVE`, include/uapi/linux/mempolicy.h: pages that only this process maps.
-const MPOL_MF_MOVE: i32 = 1 << 1;
-/// `MPOL_MF_MOVE_ALL`: also pages that others map; needs `CAP_SYS_NICE`.
-const MPOL_MF_MOVE_ALL: i32 = 1 << 2;
 
 /// One process, held open.
 #[allow(clippy::missing_errors_doc, reason = "each error is the errno of the call named")]
@@ -48,7 +47,8 @@ pub trait ProcessView: Send + Sync + std::fmt::Debug {
     fn is_alive(&self) -> bool;
     /// A number that changes when it executes another program; 0 where not told.
     fn image(&self) -> u64;
-    /// Its mappings. `EACCES`: not ours to see.
+    /// Its mappings, of the program that it is now; pages are looked up in that from here on.
+    /// `EACCES`: not ours to see.
     fn maps(&self) -> Result<Box<dyn ReadMaps>, Errno>;
     /// What the devices of its mappings are.
     fn backings(&self) -> Backings;
@@ -97,6 +97,17 @@ pub trait ProcessKernel: Send + Sync + std::fmt::Debug {
     /// What a node keeps free, in bytes: below it the kernel reclaims (the sum of its zones'
     /// high watermarks, where reclaim ends once it has begun).
     fn node_watermark(&self, node: u32) -> Result<u64, Errno>;
+    /// Which pages have not been used. `ENOENT`: the kernel does not track that
+    /// (`CONFIG_IDLE_PAGE_TRACKING`). `EACCES`, `EPERM`, `EROFS`: not for this caller, who has to
+    /// be root, with `CAP_SYS_ADMIN` in the first user namespace.
+    fn idle_pages(&self) -> Result<Arc<dyn IdlePages>, Errno> {
+        Err(Errno(libc::ENOENT))
+    }
+    /// Bytes in pages of this size that are set aside for hugetlb on a node and that nobody uses.
+    /// They are not part of its free memory.
+    fn hugetlb_free(&self, _node: u32, _page_bytes: usize) -> Result<u64, Errno> {
+        Ok(0)
+    }
     /// Time since some beginning; never goes back.
     fn now(&self) -> Duration;
     /// Lets time pass.
@@ -107,11 +118,21 @@ pub trait ProcessKernel: Send + Sync + std::fmt::Debug {
 #[derive(Debug)]
 pub struct LinuxProcesses {
     began: Instant,
+    no_scan: bool,
+}
+
+impl LinuxProcesses {
+    /// As a kernel without `PAGEMAP_SCAN` (before 6.7) answers: for tests.
+    #[must_use]
+    pub fn without_scan(mut self) -> Self {
+        self.no_scan = true;
+        self
+    }
 }
 
 impl Default for LinuxProcesses {
     fn default() -> Self {
-        Self { began: Instant::now() }
+        Self { began: Instant::now(), no_scan: false }
     }
 }
 
@@ -131,8 +152,7 @@ impl ProcessKernel for LinuxProcesses {
         };
         let tid = living_thread(pid, &dir);
         let dir = if tid == pid { dir } else { ProcDir::open(tid)? };
-        let tid = AtomicU32::new(tid);
-        Ok(Arc::new(LinuxView { pid, tid, dir, pidfd, pagemap: OnceLock::new() }))
+        Ok(Arc::new(LinuxView::new(pid, tid, dir, pidfd, self.no_scan)))
     }
 
     fn find_group(&self, path: &Path) -> Option<PathBuf> {
@@ -167,6 +187,23 @@ impl ProcessKernel for LinuxProcesses {
         Ok(high_watermark(&text, node).saturating_mul(page_size() as u64))
     }
 
+    fn idle_pages(&self) -> Result<Arc<dyn IdlePages>, Errno> {
+        let pages = LinuxIdle::open()?;
+        // Who is not told where pages are cannot ask about them.
+        if !idle::sees_frames()? {
+            return Err(Errno(libc::EPERM));
+        }
+        Ok(Arc::new(pages))
+    }
+
+    fn hugetlb_free(&self, node: u32, page_bytes: usize) -> Result<u64, Errno> {
+        let kib = page_bytes >> 10;
+        let pool = format!("/sys/devices/system/node/node{node}/hugepages/hugepages-{kib}kB");
+        let text = fs::read_to_string(pool + "/free_hugepages").map_err(|e| errno_of(&e))?;
+        let pages = text.trim().parse::<u64>().map_err(|_| Errno(libc::EIO))?;
+        Ok(pages.saturating_mul(page_bytes as u64))
+    }
+
     fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -174,174 +211,6 @@ impl ProcessKernel for LinuxProcesses {
     fn sleep(&self, time: Duration) {
         std::thread::sleep(time);
     }
-}
-
-/// Pages of a node's high watermarks, in the text of `/proc/zoneinfo`.
-fn high_watermark(zoneinfo: &str, node: u32) -> u64 {
-    let (mut ours, mut pages) = (false, 0u64);
-    for line in zoneinfo.lines() {
-        if let Some(rest) = line.strip_prefix("Node ") {
-            ours = rest.split(',').next().and_then(|n| n.parse().ok()) == Some(node);
-        } else if ours {
-            let mut words = line.split_ascii_whitespace();
-            if words.next() == Some("high") {
-                // Lines of per-CPU lists say `high:`.
-                pages += words.next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-            }
-        }
-    }
-    pages
-}
-
-/// A thread that still has the address space: the first may have ended before the others.
-fn living_thread(pid: u32, dir: &ProcDir) -> u32 {
-    match dir.status() {
-        Ok(status) if status.is_dead() && status.threads > 1 => other_thread(pid, pid),
-        _ => pid,
-    }
-}
-
-/// A living thread of the process other than `not`; `not` itself if there is none.
-fn other_thread(pid: u32, not: u32) -> u32 {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { return not };
-    let living = tasks.flatten().find_map(|task| {
-        let tid = task.file_name().to_str()?.parse().ok().filter(|tid| *tid != not)?;
-        // Threads have a folder of their own, which is not listed.
-        let status = ProcDir::open(tid).ok()?.status().ok()?;
-        (!status.is_dead() && status.tgid == pid).then_some(tid)
-    });
-    living.unwrap_or(not)
-}
-
-/// A process behind its descriptors.
-#[derive(Debug)]
-struct LinuxView {
-    pid: u32,
-    /// The pid, or a thread of the process if its first has ended.
-    tid: AtomicU32,
-    dir: ProcDir,
-    pidfd: Option<PidFd>,
-    pagemap: OnceLock<Pagemap>,
-}
-
-impl LinuxView {
-    fn pagemap(&self) -> Result<&Pagemap, Errno> {
-        if let Some(map) = self.pagemap.get() {
-            return Ok(map);
-        }
-        let opened = Pagemap::of(self.dir.file("pagemap")?);
-        Ok(self.pagemap.get_or_init(|| opened))
-    }
-
-    /// `move_pages(2)` by the number of a thread that has the address space.
-    fn move_pages(
-        &self,
-        pages: &[usize],
-        nodes: Option<&[i32]>,
-        status: &mut [i32],
-        flags: i32,
-    ) -> Result<usize, Errno> {
-        // Relaxed: any thread's number will do, and nothing is published with it.
-        let tid = self.tid.load(Ordering::Relaxed);
-        let mut result = move_pages(tid, pages, nodes, status, flags);
-        if matches!(result, Err(Errno(libc::EINVAL | libc::ESRCH))) {
-            // The thread has ended, or has no memory any more (EINVAL): perhaps not the last.
-            let other = other_thread(self.pid, tid);
-            if other != tid {
-                self.tid.store(other, Ordering::Relaxed);
-                result = move_pages(other, pages, nodes, status, flags);
-            }
-        }
-        match result {
-            Err(Errno(libc::EINVAL)) => Err(Errno(libc::ESRCH)),
-            result => result,
-        }
-    }
-}
-
-impl ProcessView for LinuxView {
-    fn status(&self) -> Result<Status, Errno> {
-        self.dir.status()
-    }
-
-    fn is_alive(&self) -> bool {
-        match &self.pidfd {
-            Some(fd) => fd.is_alive(),
-            None => self.status().is_ok_and(|s| !s.is_dead()),
-        }
-    }
-
-    fn image(&self) -> u64 {
-        // The auxiliary vector holds addresses that differ with every exec (AT_RANDOM, AT_PHDR).
-        let bytes = self.dir.read("auxv").unwrap_or_default();
-        // FNV-1a.
-        bytes.iter().fold(if bytes.is_empty() { 0 } else { 0xcbf2_9ce4_8422_2325 }, |hash, &b| {
-            (hash ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
-        })
-    }
-
-    fn maps(&self) -> Result<Box<dyn ReadMaps>, Errno> {
-        Ok(Box::new(Maps::new(self.dir.file("maps")?)))
-    }
-
-    fn backings(&self) -> Backings {
-        let mounts = self.dir.read("mountinfo").unwrap_or_default();
-        backing::all(&String::from_utf8_lossy(&mounts))
-    }
-
-    fn scan(
-        &self,
-        start: usize,
-        end: usize,
-        wanted: Categories,
-        returned: Categories,
-        out: &mut [Run],
-    ) -> Result<(usize, usize), Errno> {
-        self.pagemap()?.scan(start, end, wanted, returned, out)
-    }
-
-    fn entries(&self, start: usize, out: &mut [Entry]) -> Result<(), Errno> {
-        self.pagemap()?.entries(start, out)
-    }
-
-    fn nodes(&self, pages: &[usize], status: &mut [i32]) -> Result<(), Errno> {
-        self.move_pages(pages, None, status, 0).map(drop)
-    }
-
-    fn move_pages(
-        &self,
-        pages: &[usize],
-        nodes: &[i32],
-        status: &mut [i32],
-        shared: bool,
-    ) -> Result<usize, Errno> {
-        let flags = if shared { MPOL_MF_MOVE_ALL } else { MPOL_MF_MOVE };
-        self.move_pages(pages, Some(nodes), status, flags)
-    }
-}
-
-fn move_pages(
-    pid: u32,
-    pages: &[usize],
-    nodes: Option<&[i32]>,
-    status: &mut [i32],
-    flags: i32,
-) -> Result<usize, Errno> {
-    assert!(pages.len() == status.len() && nodes.is_none_or(|n| n.len() == pages.len()));
-    // SAFETY: the kernel reads `pages` and `nodes` and writes `status`, all of the length given.
-    // Moving a page changes neither its address nor its content.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_move_pages,
-            pid,
-            pages.len(),
-            pages.as_ptr(),
-            nodes.map_or(std::ptr::null(), <[i32]>::as_ptr),
-            status.as_mut_ptr(),
-            flags,
-        )
-    };
-    Errno::result(ret)
 }
 
 /// From now on the calling thread has this nice value (-20 to 19, `setpriority(2)`).
@@ -363,19 +232,4 @@ pub fn be_idle() -> Result<(), Errno> {
     // SAFETY: reads the parameter; pid 0 is the calling thread.
     let ret = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &param) };
     Errno::result(ret.into()).map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_nodes_watermark_is_the_sum_over_its_zones_alone() {
-        let text = "Node 0, zone DMA\n  pages free 1\n        high     7\n  pagesets\n    cpu: 0\n\
-            \x20             high:  99\nNode 1, zone Normal\n        high     5\n\
-            Node 0, zone Normal\n        high     30\n";
-        assert_eq!(high_watermark(text, 0), 37);
-        assert_eq!(high_watermark(text, 1), 5);
-        assert_eq!(high_watermark(text, 2), 0);
-    }
 }

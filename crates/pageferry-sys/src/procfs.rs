@@ -91,6 +91,9 @@ impl ProcDir {
 pub struct Status {
     /// Its pid: for a thread, that of its process.
     pub tgid: u32,
+    /// The number by which it knows itself: in the pid namespace that it lives in, and of a thread
+    /// the thread's.
+    pub own_pid: u32,
     /// Its parent's pid.
     pub parent: u32,
     /// The first letter of its state: `R`, `S`, `Z`, ...
@@ -132,8 +135,13 @@ impl Status {
         let (_, after) = stat.rsplit_once(')')?;
         let fields: Vec<&str> = after.split_ascii_whitespace().collect();
         let field = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+        let tgid = small("Tgid")?;
+        // One for each pid namespace, the innermost last; kernels without them have no such line.
+        let own =
+            value("NSpid").and_then(|numbers| numbers.split_whitespace().last()?.parse().ok());
         Some(Self {
-            tgid: small("Tgid")?,
+            tgid,
+            own_pid: own.unwrap_or(tgid),
             parent: small("PPid")?,
             state: value("State")?.trim_start().chars().next()?,
             name: value("Name")?.trim().to_owned(),
@@ -331,10 +339,11 @@ mod tests {
     #[test]
     fn the_name_of_a_process_cannot_shift_the_fields_of_its_stat() {
         let status = "Name:\ta) R 1\nState:\tS (sleeping)\nTgid:\t7\nPPid:\t3\n\
-            Uid:\t1\t2\t3\t4\nThreads:\t5\nRssAnon:\t  8 kB\nMems_allowed_list:\t0-1\n";
+            Uid:\t1\t2\t3\t4\nNSpid:\t7\t1\nThreads:\t5\nRssAnon:\t  8 kB\nMems_allowed_list:\t0-1\n";
         let stat = "7 (a) R 1) S 3 7 7 0 -1 2097152 0 0 0 0 0 0 0 0 20 0 5 0 12345 0 0";
         let parsed = Status::parse(status, stat).expect("well formed");
         assert_eq!((parsed.tgid, parsed.parent, parsed.uid, parsed.threads), (7, 3, 2, 5));
+        assert_eq!(parsed.own_pid, 1);
         assert_eq!((parsed.started, parsed.kernel_thread, parsed.state), (12345, true, 'S'));
         assert_eq!((parsed.anonymous, parsed.nodes_allowed.as_str()), (8192, "0-1"));
         assert_eq!(Status::parse(status, "7 (a"), None);

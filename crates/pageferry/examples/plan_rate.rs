@@ -8,7 +8,7 @@
 mod endless;
 
 use endless::Endless;
-use pageferry::process::{Destination, ProcessMove};
+use pageferry::process::{Destination, ProcessMove, Selection};
 use pageferry::topology::{Machine, NodeId};
 use pageferry_sys::usage::resident_bytes;
 use std::io::Write;
@@ -22,11 +22,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     endless::two_nodes(root.path())?;
     let kernel = Arc::new(Endless::new(gib, gap));
     let before = resident_bytes().unwrap_or(0);
-    let report = ProcessMove::new(Destination::node(NodeId::new(1)))
+    let report = ProcessMove::new(Selection::new().pid(1), Destination::node(NodeId::new(1)))
         .kernel(kernel.clone())
         .machine(Machine::read_from(root.path())?)
         .workers(1)
-        .pid(1)
         .run()?;
     let after = resident_bytes().unwrap_or(0);
     let (bytes, seconds) = (report.bytes_moved(), report.elapsed.as_secs_f64());

@@ -78,6 +78,9 @@ pub enum Outcome {
     Cancelled,
     /// It stayed: it is on a node that the move does not take pages from.
     NotAsked,
+    /// It stayed: it was used within the minimum age that was asked for, or whether it was is not
+    /// known; see [`process::ProcessMove::min_age`](crate::process::ProcessMove::min_age).
+    Young,
     /// It would be moved, if this were not a dry run.
     WouldMove,
     /// No mapping with movable pages is at its address any more (`EFAULT`), or nothing was ever
@@ -97,6 +100,7 @@ impl Outcome {
                 | Self::NotPresent
                 | Self::Gone
                 | Self::NotAsked
+                | Self::Young
                 | Self::Unmapped
                 | Self::Exited
         )
@@ -128,6 +132,7 @@ impl fmt::Display for Outcome {
             Self::Gone => "gone",
             Self::Cancelled => "cancelled",
             Self::NotAsked => "on a node not asked for",
+            Self::Young => "used within the minimum age",
             Self::WouldMove => "would be moved",
             Self::Unmapped => "not mapped any more",
             Self::Exited => "process ended",

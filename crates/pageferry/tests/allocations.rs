@@ -7,7 +7,8 @@ use pageferry::{Division, Engine, Folios, Order};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use support::{build, check, fill, first_node, sized};
+use support::{build, check, fill, first_node, sized, thinned};
+use trial::faults::crossed;
 
 /// Counts what all threads allocate.
 struct Counting;
@@ -74,21 +75,20 @@ fn allocations_do_not_grow_with_the_number_of_folios() {
     let Some(engine) = build(trial::small()) else { return };
     // 12288 more base pages, or 24 more huge ones; an emulated machine would take minutes.
     let (small, large) = (sized(16 << 20), sized(64 << 20));
-    for folios in [Folios::Base, Folios::Huge] {
-        for order in [Order::Frozen, Order::Live] {
-            for division in [Division::Conducted, Division::Shared] {
-                let (few, _) = allocations(&engine, small, folios, order, division);
-                let (many, took) = allocations(&engine, large, folios, order, division);
-                // Room for a buffer that grows once, for two more batches in the air, and for looks
-                // at the memory cgroup, one of which is due every 100 ms.
-                let looks = u64::try_from(took.as_millis() / 100).expect("a short while");
-                let allowed = 16 + LOOK * looks;
-                assert!(
-                    many <= few + allowed,
-                    "{folios:?} {order:?} {division:?}: {few} allocations for {small} bytes, {many} \
-                     for {large}"
-                );
-            }
-        }
+    let orders = [Order::Frozen, Order::Live];
+    let divisions = [Division::Conducted, Division::Shared];
+    let ways = crossed(&orders, divisions).collect::<Vec<_>>();
+    for (folios, (order, division)) in thinned(crossed(&[Folios::Base, Folios::Huge], ways)) {
+        let (few, _) = allocations(&engine, small, folios, order, division);
+        let (many, took) = allocations(&engine, large, folios, order, division);
+        // Room for a buffer that grows once, for two more batches in the air, and for looks at the
+        // memory cgroup, one of which is due every 100 ms.
+        let looks = u64::try_from(took.as_millis() / 100).expect("a short while");
+        let allowed = 16 + LOOK * looks;
+        assert!(
+            many <= few + allowed,
+            "{folios:?} {order:?} {division:?}: {few} allocations for {small} bytes, {many} for \
+             {large}"
+        );
     }
 }

@@ -10,7 +10,7 @@ use pageferry_sys::{Errno, Linux, Sys, page_size};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
-use support::{Racers, build};
+use support::{Racers, build, thinned};
 use trial::faults::*;
 use trial::{Watchdog, accounted_whole, small};
 
@@ -89,55 +89,53 @@ impl Sys for Inward {
 #[test]
 fn pages_that_can_never_be_moved_in_are_copied_in_by_the_kernel() {
     let mut struck = 0;
-    for &attach in MOVE {
-        for way in WAYS.into_iter().filter(|w| w.frames != pageferry::Frames::KernelCopy) {
-            let what = format!("attach failing with {} for ever, {way:?}", Errno(attach).name());
-            let _watchdog = Watchdog::seconds(60, &what);
-            let sys = Arc::new(Inward { attach, ..Inward::new() });
-            let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone())) else {
-                return;
-            };
-            let region = region(&engine, way, 32);
-            // Its old pages are the frames of the next move, if that takes used ones.
-            attempt(&engine, &region, way).expect("nothing fails yet");
-            sys.watch(&region);
-            let racers = Racers::start(&region, 1, 1);
-            let report = attempt(&engine, &region, way).expect("a move");
-            racers.finish();
-            accounted_whole(&report, &region);
-            let moved = [(Outcome::Moved, region.len() as u64)];
-            assert_eq!(report.by_outcome(), moved, "{what}: {report:?}");
-            let refused = sys.struck.load(Ordering::Relaxed);
-            assert_eq!(report.fallbacks > 0, refused > 0, "{what}: {report:?}");
-            struck += refused;
-        }
+    let ways = WAYS.into_iter().filter(|w| w.frames != pageferry::Frames::KernelCopy);
+    for (attach, way) in thinned(crossed(MOVE, ways)) {
+        let what = format!("attach failing with {} for ever, {way:?}", Errno(attach).name());
+        let _watchdog = Watchdog::seconds(60, &what);
+        let sys = Arc::new(Inward { attach, ..Inward::new() });
+        let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone())) else {
+            return;
+        };
+        let region = region(&engine, way, 32);
+        // Its old pages are the frames of the next move, if that takes used ones.
+        attempt(&engine, &region, way).expect("nothing fails yet");
+        sys.watch(&region);
+        let racers = Racers::start(&region, 1, 1);
+        let report = attempt(&engine, &region, way).expect("a move");
+        racers.finish();
+        accounted_whole(&report, &region);
+        let moved = [(Outcome::Moved, region.len() as u64)];
+        assert_eq!(report.by_outcome(), moved, "{what}: {report:?}");
+        let refused = sys.struck.load(Ordering::Relaxed);
+        assert_eq!(report.fallbacks > 0, refused > 0, "{what}: {report:?}");
+        struck += refused;
     }
     assert!(struck > 0, "no page was ever moved in");
 }
 
 #[test]
 fn pages_that_can_go_in_neither_way_for_a_while_come_back_all_the_same() {
-    for &copy in COPY {
-        for attach in [libc::EINVAL, libc::EEXIST, libc::ENOENT, libc::EPERM] {
-            let (attach_name, copy_name) = (Errno(attach).name(), Errno(copy).name());
-            for way in [WAYS[0], WAYS[3], WAYS[5]] {
-                let what = format!("attach {attach_name}, copy {copy_name}, {way:?}");
-                let _watchdog = Watchdog::seconds(60, &what);
-                let (times, copies) = (AtomicU32::new(3), AtomicU32::new(3));
-                let sys = Arc::new(Inward { attach, times, copy, copies, ..Inward::new() });
-                let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone()))
-                else {
-                    return;
-                };
-                let region = region(&engine, way, 32);
-                attempt(&engine, &region, way).expect("nothing fails yet");
-                sys.watch(&region);
-                let racers = Racers::start(&region, 1, 1);
-                let report = attempt(&engine, &region, way).expect("a move");
-                racers.finish();
-                accounted_whole(&report, &region);
-            }
-        }
+    let attaches = [libc::EINVAL, libc::EEXIST, libc::ENOENT, libc::EPERM];
+    let ways = [WAYS[0], WAYS[3], WAYS[5]];
+    for (copy, (attach, way)) in
+        thinned(crossed(COPY, crossed(&attaches, ways).collect::<Vec<_>>()))
+    {
+        let (attach_name, copy_name) = (Errno(attach).name(), Errno(copy).name());
+        let what = format!("attach {attach_name}, copy {copy_name}, {way:?}");
+        let _watchdog = Watchdog::seconds(60, &what);
+        let (times, copies) = (AtomicU32::new(3), AtomicU32::new(3));
+        let sys = Arc::new(Inward { attach, times, copy, copies, ..Inward::new() });
+        let Some(engine) = build(small().frame_grace(Duration::ZERO).sys(sys.clone())) else {
+            return;
+        };
+        let region = region(&engine, way, 32);
+        attempt(&engine, &region, way).expect("nothing fails yet");
+        sys.watch(&region);
+        let racers = Racers::start(&region, 1, 1);
+        let report = attempt(&engine, &region, way).expect("a move");
+        racers.finish();
+        accounted_whole(&report, &region);
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use support::siege::{Mover, StopOnDrop, Watchdog, account, alone};
-use support::{Racers, check, engine, fill, nodes, value, word};
+use support::{Racers, check, engine, fill, nodes, thinned, value, word};
 
 /// A forked child that runs `what` and exits with what it returns; a child that hangs is killed
 /// by SIGALRM.
@@ -106,7 +106,7 @@ fn a_child_forked_in_the_middle_of_a_move_sees_the_memory_of_one_moment() {
             });
             let _stop = StopOnDrop(&stop);
             let mover = Mover::start(&engine, &region, order);
-            for turn in 0..25 {
+            for turn in thinned(0..25) {
                 let child = fork(|| is_snapshot(&region));
                 std::thread::sleep(Duration::from_micros(turn * 137));
                 assert_eq!(wait(child), 0, "{folios:?} {order:?}: fork {turn}");

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::siege::{Mover, StopOnDrop, Watchdog, account, again, alone, role};
-use support::{Racers, build, engine, fill, nodes, sized};
+use support::{Racers, build, engine, fill, nodes, sized, spaced};
 
 fn region(engine: &Engine, bytes: usize, folios: Folios) -> Arc<Region> {
     let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
@@ -22,7 +22,7 @@ fn region(engine: &Engine, bytes: usize, folios: Folios) -> Arc<Region> {
 fn move_under_stress(user_mode_only: bool) {
     let Some(engine) = build(Engine::builder().user_mode_only(user_mode_only)) else { return };
     for order in [Order::Frozen, Order::Live] {
-        let region = region(&engine, 16 << 20, Folios::Base);
+        let region = region(&engine, sized(16 << 20), Folios::Base);
         let racers = Racers::start(&region, 1, 1);
         let mover = Mover::start(&engine, &region, order);
         std::thread::sleep(Duration::from_millis(250));
@@ -86,7 +86,8 @@ fn a_storm_of_signals_disturbs_no_move() {
             assert_eq!(libc::sigaction(signal, &raw const action, std::ptr::null_mut()), 0);
         }
     }
-    let every = libc::timeval { tv_sec: 0, tv_usec: 500 };
+    let between = spaced(Duration::from_micros(500));
+    let every = libc::timeval { tv_sec: 0, tv_usec: between.subsec_micros().into() };
     let timer = libc::itimerval { it_interval: every, it_value: every };
     // SAFETY: reads the timer that it is given.
     let set = unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const timer, std::ptr::null_mut()) };
@@ -107,7 +108,7 @@ fn a_storm_of_signals_disturbs_no_move() {
                         libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, libc::SIGUSR1);
                     }
                 }
-                std::thread::sleep(Duration::from_micros(200));
+                std::thread::sleep(spaced(Duration::from_micros(200)));
             }
         });
         let _stop = StopOnDrop(&stop);
@@ -234,7 +235,7 @@ fn a_full_memory_cgroup_is_reported_and_kills_nobody() {
     }
     let Some(engine) = engine() else { return };
     let path = |name| std::env::var(name).expect("set by the parent");
-    let bytes = 32 << 20;
+    let bytes = sized(32 << 20);
     let region = region(&engine, bytes, Folios::Base);
     let racers = Racers::start(&region, 1, 1);
     let (_, to) = nodes(&engine);

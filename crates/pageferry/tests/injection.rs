@@ -11,7 +11,7 @@ use pageferry_sys::inject::{Fault, Faulty};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::{Errno, SysOp, page_size};
 use std::sync::Arc;
-use support::{Racers, build, check, fill, first_node};
+use support::{Racers, build, check, fill, first_node, thinned};
 use trial::faults::*;
 use trial::{Watchdog, accounted_whole, small};
 
@@ -68,15 +68,17 @@ fn strikes(op: SysOp, errnos: &[i32], partial: bool, meets: impl Fn(Way) -> bool
     let mut fired = vec![0; errnos.len()];
     let mut turn = 0;
     for (count, &errno) in fired.iter_mut().zip(errnos) {
+        let mut cases = Vec::new();
         for (after, times) in [(0, 1), (1, 1), (2, 3), (5, 20)] {
             for partial in if partial { &[0, 3][..] } else { &[0] } {
-                // Another way each time.
-                let way = ways[turn % ways.len()];
-                turn += 1;
-                let partial = partial * page_size();
-                let fault = Fault { op, after, times, errno: Errno(errno), partial };
-                *count += strike(way, fault);
+                cases.push((after, times, partial * page_size()));
             }
+        }
+        for (after, times, partial) in thinned(cases) {
+            // Another way each time.
+            let way = ways[turn % ways.len()];
+            turn += 1;
+            *count += strike(way, Fault { op, after, times, errno: Errno(errno), partial });
         }
     }
     if bench().is_some() {
@@ -87,11 +89,9 @@ fn strikes(op: SysOp, errnos: &[i32], partial: bool, meets: impl Fn(Way) -> bool
 /// For ever: the move ends, and says so; what it could not move stays.
 fn for_ever(op: SysOp, errnos: &[i32], after: u64, meets: impl Fn(Way) -> bool) {
     let _watchdog = Watchdog::seconds(60, &format!("{op:?} failing for ever"));
-    for &errno in errnos {
-        for way in WAYS.into_iter().filter(|w| meets(*w)).take(4) {
-            let fault = Fault { op, after, times: u64::MAX, errno: Errno(errno), partial: 0 };
-            strike(way, fault);
-        }
+    let ways = WAYS.into_iter().filter(|w| meets(*w)).take(4);
+    for (errno, way) in thinned(crossed(errnos, ways)) {
+        strike(way, Fault { op, after, times: u64::MAX, errno: Errno(errno), partial: 0 });
     }
 }
 
@@ -135,12 +135,11 @@ fn protection_that_fails_falls_back_to_frozen_order() {
 fn lifting_protection_may_fail_for_ever_and_writers_still_go_on() {
     let _watchdog = Watchdog::seconds(60, "lifting protection");
     // Whether a writer meets a protected page is chance, so only the outcome is asked for.
-    for &errno in PROTECT {
-        for way in WAYS.into_iter().filter(|w| live(*w)) {
-            for (after, times) in [(0, 1), (1, 3), (0, u64::MAX)] {
-                let op = SysOp::Unprotect;
-                strike(way, Fault { op, after, times, errno: Errno(errno), partial: 0 });
-            }
+    let ways = WAYS.into_iter().filter(|w| live(*w));
+    for (after, times) in [(0, 1), (1, 3), (0, u64::MAX)] {
+        for (errno, way) in thinned(crossed(PROTECT, ways.clone())) {
+            let op = SysOp::Unprotect;
+            strike(way, Fault { op, after, times, errno: Errno(errno), partial: 0 });
         }
     }
 }
@@ -150,10 +149,9 @@ fn waking_and_filling_that_fail_leave_nobody_asleep() {
     let _watchdog = Watchdog::seconds(60, "waking and filling");
     for (op, errnos) in [(SysOp::Wake, WAKE), (SysOp::ZeroIn, ZERO)] {
         for (i, &errno) in errnos.iter().enumerate() {
-            for (after, times) in [(0, 1), (1, 3), (0, 20)] {
-                for way in [WAYS[i % 10], WAYS[(i + 5) % 10]] {
-                    strike(way, Fault { op, after, times, errno: Errno(errno), partial: 0 });
-                }
+            let faults = crossed(&[(0, 1), (1, 3), (0, 20)], [WAYS[i], WAYS[i + 5]]);
+            for ((after, times), way) in thinned(faults) {
+                strike(way, Fault { op, after, times, errno: Errno(errno), partial: 0 });
             }
         }
     }
@@ -164,12 +162,10 @@ fn waking_and_filling_that_fail_leave_nobody_asleep() {
 #[test]
 fn messages_that_cannot_be_read_at_once_are_read_later() {
     let _watchdog = Watchdog::seconds(60, "reading messages");
-    for &errno in READ {
-        for (after, times) in [(0, 1), (0, 50), (2, 3)] {
-            for way in WAYS {
-                let op = SysOp::ReadEvents;
-                strike(way, Fault { op, after, times, errno: Errno(errno), partial: 0 });
-            }
+    for (after, times) in [(0, 1), (0, 50), (2, 3)] {
+        for (errno, way) in thinned(crossed(READ, WAYS)) {
+            let op = SysOp::ReadEvents;
+            strike(way, Fault { op, after, times, errno: Errno(errno), partial: 0 });
         }
     }
 }
@@ -227,13 +223,12 @@ fn memory_for_frames_may_be_refused() {
 #[test]
 fn memory_that_cannot_be_given_back_is_no_obstacle_later() {
     let _watchdog = Watchdog::seconds(60, "giving memory back");
-    let partly = |w: Way| w.frames != Frames::Recycled;
+    let partly = |w: &Way| w.frames != Frames::Recycled;
+    let ways = WAYS.into_iter().filter(partly);
     for (op, errnos) in [(SysOp::Advise(Advice::DontNeed), ADVISE), (SysOp::MapOver, MAP)] {
-        for &errno in errnos {
-            for way in WAYS.into_iter().filter(|w| partly(*w)) {
-                for times in [1, 5, 40] {
-                    strike(way, Fault { op, after: 0, times, errno: Errno(errno), partial: 0 });
-                }
+        for times in [1, 5, 40] {
+            for (errno, way) in thinned(crossed(errnos, ways.clone())) {
+                strike(way, Fault { op, after: 0, times, errno: Errno(errno), partial: 0 });
             }
         }
     }

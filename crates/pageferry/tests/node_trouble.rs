@@ -12,7 +12,7 @@ use pageferry_sys::pagemap::{Entry, Pagemap};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 use support::siege::{advise, errno, readable};
-use support::{Racers, check, engine, is_guest, nodes_of, on_their_node};
+use support::{Racers, check, engine, is_guest, nodes_of, on_their_node, sized};
 use trial::{Watchdog, accounted_whole};
 
 /// A node with less free memory than this can be filled by a test.
@@ -31,7 +31,8 @@ fn a_destination_that_fills_up_is_a_shortage_and_nothing_is_lost() {
     };
     let _watchdog = Watchdog::seconds(60, "a destination that fills up");
     let killed = vmstat("oom_kill");
-    let bytes = usize::try_from(free(small)).expect("memory").next_multiple_of(HUGE) + (64 << 20);
+    let bytes =
+        usize::try_from(free(small)).expect("memory").next_multiple_of(HUGE) + sized(64 << 20);
     for (folios, source) in [
         (Folios::Base, Frames::Recycled),
         (Folios::Base, Frames::KernelCopy),

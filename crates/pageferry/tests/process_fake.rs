@@ -4,12 +4,14 @@
 mod made_up;
 
 use made_up::{
-    BASE, PID, PLENTY, bytes, kernel_with, machine, node, pages, to_destination, to_node,
+    BASE, PID, PLENTY, bytes, kernel_with, machine, node, of, pages, to_destination, to_node,
 };
-use pageferry::process::{Destination, Filter, Kind, Note, Priority, ProcessMove, Reserve, Where};
+use pageferry::process::{
+    Destination, Filter, Kind, Note, Priority, ProcessMove, Reserve, Selection, Where,
+};
 use pageferry::topology::NodeList;
 use pageferry::{Busy, HUGE, Outcome, Shortage};
-use pageferry_sys::process::fake::{FakeKernel, FakeProcess, FakeVma, Hindrance, ProcessOp};
+use pageferry_sys::process::fake::{Event, FakeKernel, FakeProcess, FakeVma, Hindrance, ProcessOp};
 use pageferry_sys::process::{Backing, ProcessKernel};
 use pageferry_sys::{Errno, page_size};
 use std::path::Path;
@@ -111,11 +113,10 @@ fn a_kernel_out_of_memory_is_tried_again_and_then_told() {
     // Free memory cannot be read, so the kernel has to say it.
     kernel.fail(ProcessOp::NodeFree, Errno(libc::EIO), 0, u64::MAX);
     let to = Destination::node(node(1));
-    let movement = ProcessMove::new(to)
+    let movement = ProcessMove::new(Selection::new().pid(PID), to)
         .kernel(Arc::new(kernel.clone()))
         .machine(machine(2))
-        .workers(1)
-        .pid(PID);
+        .workers(1);
     let report = movement.run().expect("valid");
     assert_eq!(bytes(&report, Outcome::Moved), pages(1500));
     assert_eq!(bytes(&report, Outcome::NoFrame(Shortage::Node)), pages(500), "{report:?}");
@@ -188,6 +189,63 @@ fn calls_stay_within_the_latency_target() {
 }
 
 #[test]
+fn folios_that_are_mapped_page_by_page_cost_hardly_more_calls_than_plain_pages() {
+    let page = page_size();
+    let gib = (1 << 30) / page;
+    let of_size = |folio: usize| {
+        let vma = FakeVma::anonymous(BASE, page, gib, 0).in_folios(folio);
+        let kernel = kernel_with(2, vec![vma]);
+        kernel.page_takes(Duration::from_micros(1));
+        let report = to_node(&kernel, 1).run().expect("valid");
+        assert_eq!(bytes(&report, Outcome::Moved), 1 << 30, "{report:?}");
+        assert_eq!(report.retried_bytes, 0);
+        let [moves, queries] = [ProcessOp::MovePages, ProcessOp::Nodes].map(|op| kernel.calls(op));
+        let batches = kernel.batches();
+        eprintln!("{} KiB: {moves} moves, {queries} queries, {batches} batches", folio >> 10);
+        (moves, queries, batches)
+    };
+    // In the order of their addresses each folio is a batch of its own.
+    let folios = FakeVma::anonymous(BASE, page, gib, 0).in_folios(16 * page);
+    let kernel = kernel_with(2, vec![folios]);
+    let all: Vec<usize> = (0..gib).map(|i| BASE + i * page).collect();
+    let view = kernel.open(PID).expect("it is there");
+    view.move_pages(&all, &vec![1; gib], &mut vec![0; gib], true).expect("it moves");
+    assert_eq!(kernel.batches(), gib / 16);
+    let (moves, queries, batches) = of_size(page);
+    assert_eq!(moves, batches);
+    for folio in [4 * page, 16 * page, HUGE] {
+        let (more, asked, queues) = of_size(folio);
+        assert!(more <= moves + moves / 5, "{more} calls instead of {moves}");
+        // What says EBUSY is asked for once after each call.
+        assert!(asked <= queries + more, "{asked} queries instead of {queries}");
+        // The first call, which does not know yet, moves folio by folio.
+        assert!(queues <= 4 * moves + 64, "{queues} batches instead of {batches}");
+    }
+}
+
+#[test]
+fn folios_of_which_some_cannot_move_are_told_to_the_page() {
+    let page = page_size();
+    let mut vma = FakeVma::anonymous(BASE, page, 8192, 0).in_folios(16 * page);
+    // A folio fails when its first page that was queued does.
+    for folio in (0..512).step_by(50) {
+        (0..16)
+            .for_each(|i| vma.pages[folio * 16 + i].hindrance = Some(Hindrance::Fails(u32::MAX)));
+    }
+    for folio in (7..512).step_by(100) {
+        (0..16).for_each(|i| vma.pages[folio * 16 + i].hindrance = Some(Hindrance::Fails(2)));
+    }
+    // Of one only the end is asked for.
+    let kernel = kernel_with(2, vec![vma]);
+    let some = Selection::new().pid(PID);
+    let some = some.filter(Filter::new().range(BASE + 10 * page..BASE + 8192 * page));
+    let report = of(&kernel, some, Destination::node(node(1))).run().expect("valid");
+    let stayed = pages(11 * 16 - 10);
+    assert_eq!(bytes(&report, Outcome::Busy(Busy::Contended)), stayed, "{report:?}");
+    assert_eq!(bytes(&report, Outcome::Moved), pages(8182) - stayed);
+}
+
+#[test]
 fn the_rate_is_kept() {
     let kernel = kernel_with(2, vec![FakeVma::anonymous(BASE, page_size(), 100_000, 0)]);
     let before = kernel.now();
@@ -208,7 +266,8 @@ fn children_are_moved_only_if_asked_for() {
             child.status.parent = parent;
             kernel.add(child);
         }
-        let report = to_node(&kernel, 1).children(asked).run().expect("valid");
+        let family = Selection::new().pid(PID).children(asked);
+        let report = of(&kernel, family, Destination::node(node(1))).run().expect("valid");
         assert_eq!(bytes(&report, Outcome::Moved), pages(if asked { 30 } else { 10 }));
         assert_eq!(kernel.nodes_of(103)[0][0], Some(0));
     }
@@ -227,16 +286,11 @@ fn memory_that_processes_share_is_moved_once_and_counted_once() {
         kernel.add(FakeProcess::new(pid, vec![vma]));
         kernel.join(group, pid);
     }
-    let look = || Where::new().kernel(Arc::new(kernel.clone())).cgroup(group).look();
-    let found = look().expect("valid");
+    let jobs = Selection::new().cgroup(group);
+    let found = Where::new(jobs.clone()).kernel(Arc::new(kernel.clone())).look().expect("valid");
     assert_eq!(found.bytes(), pages(2000));
     assert!(found.holdings.iter().all(|h| h.kind == Kind::SharedMemory && h.node == node(0)));
-    let report = ProcessMove::new(Destination::node(node(1)))
-        .kernel(Arc::new(kernel.clone()))
-        .machine(machine(2))
-        .cgroup(group)
-        .run()
-        .expect("valid");
+    let report = of(&kernel, jobs, Destination::node(node(1))).run().expect("valid");
     assert_eq!(report.bytes_looked_at(), pages(2000));
     assert_eq!(bytes(&report, Outcome::Moved), pages(2000));
 }
@@ -264,7 +318,9 @@ fn filters_choose_mappings_by_kind_name_and_address() {
     let plain = FakeVma::anonymous(BASE * 3, HUGE, 4, 0);
     let kernel = kernel_with(2, vec![heap, file, plain]);
     let dry = |filter: Filter| {
-        let report = to_node(&kernel, 1).filter(filter).dry_run(true).run().expect("valid");
+        let part = Selection::new().pid(PID).filter(filter);
+        let movement = of(&kernel, part, Destination::node(node(1)));
+        let report = movement.dry_run(true).run().expect("valid");
         bytes(&report, Outcome::WouldMove)
     };
     assert_eq!(dry(Filter::new().kinds([Kind::Heap])), pages(10));
@@ -308,16 +364,51 @@ fn who_watches_is_told_how_far_it_is_and_at_last_that_it_is_done() {
 }
 
 #[test]
-fn many_notes_are_bounded_and_counted() {
+fn kernel_threads_and_zombies_of_a_cgroup_are_counted_not_listed() {
     let kernel = FakeKernel::new(&[PLENTY, PLENTY]);
     let group = Path::new("/jobs");
     for pid in 1..=200 {
-        let mut thread = FakeProcess::new(pid, Vec::new());
-        thread.status.kernel_thread = true;
-        kernel.add(thread);
+        let mut nobody = FakeProcess::new(pid, Vec::new());
+        nobody.status.kernel_thread = pid % 2 == 0;
+        nobody.status.state = if pid % 2 == 0 { 'S' } else { 'Z' };
+        kernel.add(nobody);
         kernel.join(group, pid);
     }
-    let found = Where::new().kernel(Arc::new(kernel)).cgroup(group).look().expect("valid");
-    assert_eq!(found.notes.list.len() as u64 + found.notes.left_out, 200);
-    assert!(found.notes.list.len() < 100);
+    let jobs = Selection::new().cgroup(group);
+    let found = Where::new(jobs).kernel(Arc::new(kernel)).look().expect("valid");
+    let (processes, left_out) = (100, 0);
+    assert_eq!(found.notes.left_out, left_out);
+    let expected = [Note::Zombies { processes }, Note::KernelThreads { processes }];
+    assert_eq!(found.notes.list, expected, "{:?}", found.notes);
+}
+
+#[test]
+fn of_many_processes_that_join_and_end_a_few_are_named_and_all_counted() {
+    let kernel = kernel_with(2, vec![FakeVma::anonymous(BASE, page_size(), 5000, 0)]);
+    let group = Path::new("/jobs");
+    kernel.join(group, PID);
+    for pid in 200..300 {
+        let memory = FakeVma::anonymous(BASE, page_size(), 100, 0);
+        let born = FakeProcess::new(pid, vec![memory]);
+        kernel.before_move(1, Event::Join(group.into(), born));
+        // Some end under the move of their pages, others before their turn.
+        kernel.before_move(20 + u64::from(pid - 200) / 4, Event::Exit(pid));
+    }
+    let jobs = Selection::new().cgroup(group);
+    let report = of(&kernel, jobs, Destination::node(node(1))).workers(2).run().expect("valid");
+    let count = |is: fn(&Note) -> u64| report.notes.list.iter().map(is).sum::<u64>();
+    let joined = count(|n| match n {
+        Note::Joined { .. } => 1,
+        Note::MoreJoined { processes } => *processes,
+        _ => 0,
+    });
+    let ended = count(|n| match n {
+        Note::Exited { .. } => 1,
+        Note::MoreExited { processes } => *processes,
+        _ => 0,
+    });
+    assert_eq!(joined, 100, "{report:?}");
+    let gone = (200..300).filter(|pid| kernel.nodes_of(*pid).is_empty()).count() as u64;
+    assert!(ended > 0 && ended <= gone, "{ended} of {gone}: {report:?}");
+    assert!(report.notes.list.len() < 24 && report.notes.left_out == 0, "{report:?}");
 }

@@ -3,8 +3,8 @@
 #[path = "support/made_up.rs"]
 mod made_up;
 
-use made_up::{BASE, PID, bytes, kernel_with, machine, node, pages, to_destination, to_node};
-use pageferry::process::{Destination, Note, ProcessError, ProcessMove, TargetError};
+use made_up::{BASE, PID, bytes, kernel_with, node, of, pages, to_destination, to_node};
+use pageferry::process::{Destination, Note, ProcessError, ProcessMove, Selection, TargetError};
 use pageferry::{HUGE, Outcome, Shortage};
 use pageferry_sys::process::fake::{
     Event, FakeKernel, FakePage, FakeProcess, FakeVma, Hindrance, ProcessOp,
@@ -58,13 +58,8 @@ fn who_joins_a_cgroup_meanwhile_is_moved_too() {
     kernel.join(group, PID);
     let late = FakeProcess::new(7, vec![FakeVma::anonymous(BASE, page_size(), 100, 0)]);
     kernel.before_move(1, Event::Join(group.into(), late));
-    let report = ProcessMove::new(Destination::node(node(1)))
-        .kernel(Arc::new(kernel.clone()))
-        .machine(machine(2))
-        .workers(1)
-        .cgroup(group)
-        .run()
-        .expect("valid");
+    let jobs = Selection::new().cgroup(group);
+    let report = of(&kernel, jobs, Destination::node(node(1))).run().expect("valid");
     assert_eq!(bytes(&report, Outcome::Moved), pages(5100));
     assert_eq!(report.processes, 2);
     assert!(report.notes.list.contains(&Note::Joined { pid: 7 }), "{report:?}");
@@ -104,22 +99,22 @@ fn what_was_named_itself_and_cannot_be_looked_at_is_an_error_with_a_remedy() {
     thread.status.kernel_thread = true;
     kernel.add(thread);
     let error = |movement: ProcessMove| movement.run().expect_err("must be refused");
+    let refused_of = |selection| error(of(&kernel, selection, Destination::node(node(1))));
+    let named = Selection::new();
     assert!(matches!(
-        error(to_node(&kernel, 1).pid(4)),
+        refused_of(named.clone().pid(4)),
         ProcessError::Target(TargetError::NoProcess(4))
     ));
     assert!(matches!(
-        error(to_node(&kernel, 1).pid(5)),
+        refused_of(named.clone().pid(5)),
         ProcessError::Target(TargetError::Zombie(5))
     ));
-    let refused = error(to_node(&kernel, 1).pid(6));
+    let refused = refused_of(named.clone().pid(6));
     assert!(matches!(refused, ProcessError::Target(TargetError::KernelThread(6))));
     assert!(matches!(error(to_node(&kernel, 7)), ProcessError::Node(_)));
-    let refused = error(to_node(&kernel, 1).cgroup("/none"));
+    let refused = refused_of(named.clone().cgroup("/none"));
     assert!(matches!(refused, ProcessError::Target(TargetError::NoGroup(_))));
-    let none = ProcessMove::new(Destination::node(node(0))).kernel(Arc::new(kernel.clone()));
-    let refused = error(none.machine(machine(2)));
-    assert!(matches!(refused, ProcessError::Target(TargetError::Empty)));
+    assert!(matches!(refused_of(named), ProcessError::Target(TargetError::Empty)));
     kernel.fail(ProcessOp::Maps, Errno(libc::EACCES), 0, 1);
     let refused = error(to_node(&kernel, 1));
     assert!(matches!(refused, ProcessError::Target(TargetError::Denied { pid: PID, .. })));
@@ -146,12 +141,8 @@ fn a_cpuset_that_forbids_the_destination_is_an_error_or_an_outcome() {
     assert!(refused.to_string().contains("cpuset"), "{refused}");
     // Found in a cgroup, it is not an error but an outcome.
     kernel.join(Path::new("/jobs"), PID);
-    let report = ProcessMove::new(Destination::node(node(1)))
-        .kernel(Arc::new(kernel.clone()))
-        .machine(machine(2))
-        .cgroup("/jobs")
-        .run()
-        .expect("valid");
+    let jobs = Selection::new().cgroup("/jobs");
+    let report = of(&kernel, jobs, Destination::node(node(1))).run().expect("valid");
     assert_eq!(bytes(&report, Outcome::NoFrame(Shortage::Forbidden)), pages(10));
 }
 

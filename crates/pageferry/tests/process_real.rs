@@ -6,15 +6,17 @@ mod child;
 
 use child::Child;
 use pageferry::process::{
-    Cost, Destination, Filter, Kind, Note, ProcessError, ProcessMove, ProcessReport, TargetError,
-    Where,
+    Cost, Destination, Filter, Kind, Note, ProcessError, ProcessMove, ProcessReport, Selection,
+    TargetError, Where,
 };
 use pageferry::topology::{Machine, NodeId, NodeList};
 use pageferry::{HUGE, Outcome};
 use pageferry_sys::page_size;
+use pageferry_sys::process::LinuxProcesses;
 use pageferry_sys::usage::resident_bytes;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 fn bytes(report: &ProcessReport, outcome: Outcome) -> u64 {
@@ -33,15 +35,28 @@ fn nodes() -> (NodeId, NodeId) {
     (first, second.unwrap_or(first))
 }
 
+/// What the filter says of the child's memory.
+fn of(child: &Child, filter: &Filter) -> Selection {
+    Selection::new().pid(child.pid).filter(filter.clone())
+}
+
+/// All memory of a process.
+fn all_of(pid: u32) -> Selection {
+    Selection::new().pid(pid)
+}
+
+fn to_node(node: NodeId, selection: Selection) -> ProcessMove {
+    ProcessMove::new(selection, Destination::node(node))
+}
+
 /// Moves what the filter says to one node and then to the other. Asserts that everything arrives.
 fn there_and_back(child: &Child, filter: &Filter, expected: u64) {
     let (first, second) = nodes();
     for to in [first, second, first] {
-        let to_there = || ProcessMove::new(Destination::node(to)).pid(child.pid);
-        let report = to_there().filter(filter.clone()).run().expect("our own child");
+        let report = to_node(to, of(child, filter)).run().expect("our own child");
         assert_eq!(report.bytes_looked_at(), expected, "{report:?}");
         assert!(report.is_complete(), "{report:?}");
-        let found = Where::new().pid(child.pid).filter(filter.clone()).look().expect("our child");
+        let found = Where::new(of(child, filter)).look().expect("our child");
         assert_eq!(found.by_node().into_iter().collect::<Vec<_>>(), [(to, expected)]);
     }
 }
@@ -59,7 +74,7 @@ fn anonymous_memory_goes_to_the_node_and_every_page_is_told() {
 fn huge_pages_are_moved_whole() {
     let child = Child::with(|| child::anonymous(64 << 20, true));
     let filter = Filter::new().range(child.range());
-    let found = Where::new().pid(child.pid).filter(filter.clone()).look().expect("our child");
+    let found = Where::new(of(&child, &filter)).look().expect("our child");
     let huge = |found: &pageferry::process::ProcessResidency| -> u64 {
         found.holdings.iter().filter(|h| h.page_bytes == HUGE as u64).map(|h| h.bytes).sum()
     };
@@ -69,8 +84,25 @@ fn huge_pages_are_moved_whole() {
         return;
     }
     there_and_back(&child, &filter, 64 << 20);
-    let found = Where::new().pid(child.pid).filter(filter).look().expect("our child");
+    let found = Where::new(of(&child, &filter)).look().expect("our child");
     assert_eq!(huge(&found), before, "huge pages stay huge");
+}
+
+#[test]
+fn huge_pages_that_are_mapped_page_by_page_go_to_the_node_and_every_page_is_told() {
+    let child = Child::with(|| {
+        let (start, len) = child::anonymous(16 << 20, true);
+        // One page with other rights splits the mapping of its huge page, not the page.
+        for at in (start..start + len).step_by(HUGE) {
+            child::protect(at + 7 * page_size(), page_size());
+        }
+        (start, len)
+    });
+    there_and_back(&child, &Filter::new().range(child.range()), 16 << 20);
+    // In parts that begin and end in the middle of one.
+    let part = child.range().start + 5 * page_size()..child.range().end - 9 * page_size();
+    let expected = part.len() as u64;
+    there_and_back(&child, &Filter::new().range(part), expected);
 }
 
 #[test]
@@ -81,7 +113,7 @@ fn memory_of_each_kind_is_told_apart_and_moved() {
         child::grow_heap(1 << 20);
         shared
     });
-    let found = Where::new().pid(child.pid).top(1000).look().expect("our child");
+    let found = Where::new(all_of(child.pid)).top(1000).look().expect("our child");
     let of =
         |kind: Kind| found.holdings.iter().filter(|h| h.kind == kind).map(|h| h.bytes).sum::<u64>();
     assert!(of(Kind::SharedMemory) >= 5 << 20, "{found:?}");
@@ -89,11 +121,8 @@ fn memory_of_each_kind_is_told_apart_and_moved() {
     assert!(found.top.windows(2).all(|w| w[0].bytes >= w[1].bytes));
     let (_, to) = nodes();
     let kinds = [Kind::Heap, Kind::SharedMemory];
-    let report = ProcessMove::new(Destination::node(to))
-        .pid(child.pid)
-        .filter(Filter::new().kinds(kinds))
-        .run()
-        .expect("our child");
+    let chosen = all_of(child.pid).filter(Filter::new().kinds(kinds));
+    let report = to_node(to, chosen).run().expect("our child");
     assert!(report.bytes_looked_at() >= 6 << 20);
     assert!(report.lines.iter().all(|l| kinds.contains(&l.kind)), "{report:?}");
 }
@@ -104,18 +133,15 @@ fn memory_that_three_processes_map_is_moved_once_and_counted_once() {
     // Forked, each has the mapping; each touches all of it.
     let children: Vec<_> = (0..3).map(|_| Child::with(|| child::touch(memory))).collect();
     let filter = Filter::new().range(memory.0..memory.0 + memory.1);
+    let pids = children.iter().map(|child| child.pid);
+    let all = pids.fold(Selection::new().filter(filter), Selection::pid);
     let (first, second) = nodes();
     for to in [first, second] {
-        let mut movement = ProcessMove::new(Destination::node(to)).filter(filter.clone());
-        let mut look = Where::new().filter(filter.clone());
-        for child in &children {
-            movement = movement.pid(child.pid);
-            look = look.pid(child.pid);
-        }
-        let report = movement.run().expect("our children");
+        let report = to_node(to, all.clone()).run().expect("our children");
         assert_eq!(report.bytes_looked_at(), 8 << 20, "{report:?}");
         assert!(report.is_complete(), "{report:?}");
-        assert_eq!(look.look().expect("our children").by_node().get(&to), Some(&(8 << 20)));
+        let found = Where::new(all.clone()).look().expect("our children");
+        assert_eq!(found.by_node().get(&to), Some(&(8 << 20)));
     }
     drop(children);
     child::unmap(memory);
@@ -142,13 +168,11 @@ fn interleaved_pages_lie_on_the_nodes_in_turn() {
     let child = Child::with(|| child::anonymous(4 << 20, false));
     let (first, second) = nodes();
     let all: NodeList = [first, second].into_iter().collect();
-    let report = ProcessMove::new(Destination::interleave(all.iter()))
-        .pid(child.pid)
-        .filter(Filter::new().range(child.range()))
-        .run()
-        .expect("our child");
+    let memory = of(&child, &Filter::new().range(child.range()));
+    let turns = Destination::interleave(all.iter());
+    let report = ProcessMove::new(memory.clone(), turns).run().expect("our child");
     assert!(report.is_complete(), "{report:?}");
-    let found = Where::new().pid(child.pid).filter(Filter::new().range(child.range())).look();
+    let found = Where::new(memory).look();
     let share = (4 << 20) / all.len() as u64;
     assert!(found.expect("our child").by_node().values().all(|bytes| *bytes == share));
 }
@@ -165,7 +189,7 @@ fn a_process_that_is_killed_meanwhile_is_no_error() {
             drop(child);
         });
         let to = if round % 2 == 0 { first } else { second };
-        match ProcessMove::new(Destination::node(to)).pid(pid).run() {
+        match to_node(to, all_of(pid)).run() {
             Ok(report) => {
                 let sum: u64 = report.by_outcome().iter().map(|(_, bytes)| bytes).sum();
                 assert_eq!(sum, report.bytes_looked_at());
@@ -185,7 +209,7 @@ fn a_process_that_maps_and_unmaps_all_the_time_is_no_error() {
     let child = Child::with_loop(child::map_and_unmap);
     let (first, second) = nodes();
     for to in [first, second, first, second] {
-        let report = ProcessMove::new(Destination::node(to)).pid(child.pid).run().expect("ours");
+        let report = to_node(to, all_of(child.pid)).run().expect("ours");
         let sum: u64 = report.by_outcome().iter().map(|(_, bytes)| bytes).sum();
         assert_eq!(sum, report.bytes_looked_at());
         assert!(!report.cancelled);
@@ -198,11 +222,7 @@ fn children_are_found_at_any_depth() {
     let child = Child::with(|| child::chain(DEPTH, 1 << 20));
     let (_, to) = nodes();
     let move_all = |children: bool| {
-        ProcessMove::new(Destination::node(to))
-            .pid(child.pid)
-            .children(children)
-            .run()
-            .expect("our child")
+        to_node(to, all_of(child.pid).children(children)).run().expect("our child")
     };
     assert_eq!(move_all(false).processes, 1);
     let report = move_all(true);
@@ -225,14 +245,14 @@ fn a_cgroup_names_its_processes_and_those_of_groups_below() {
         return;
     }
     let (_, to) = nodes();
-    let report =
-        ProcessMove::new(Destination::node(to)).cgroup(&group.path).run().expect("our group");
+    let members = Selection::new().cgroup(&group.path);
+    let report = to_node(to, members.clone()).run().expect("our group");
     assert_eq!(report.processes, 2, "{report:?}");
     assert!(report.bytes_looked_at() >= 4 << 20);
-    let found = Where::new().cgroup(&group.path).look().expect("our group");
+    let found = Where::new(members.clone()).look().expect("our group");
     assert_eq!(found.processes, 2);
     drop(children);
-    let empty = Where::new().cgroup(&group.path).look().expect("our group");
+    let empty = Where::new(members).look().expect("our group");
     assert_eq!((empty.processes, empty.bytes()), (0, 0));
 }
 
@@ -245,13 +265,13 @@ fn a_process_whose_first_thread_has_ended_is_moved_by_another_one() {
 #[test]
 fn zombies_kernel_threads_and_vanished_processes_are_named_as_such() {
     let (_, to) = nodes();
-    let refusal = |pid: u32| match ProcessMove::new(Destination::node(to)).pid(pid).run() {
+    let refusal = |pid: u32| match to_node(to, all_of(pid)).run() {
         Err(ProcessError::Target(error)) => error,
         other => panic!("process {pid}: {other:?}"),
     };
     let mut zombie = Command::new("true").spawn().expect("true is everywhere");
     let pid = zombie.id();
-    while !matches!(Where::new().pid(pid).look(), Err(TargetError::Zombie(p)) if p == pid) {
+    while !matches!(Where::new(all_of(pid)).look(), Err(TargetError::Zombie(p)) if p == pid) {
         std::thread::yield_now();
     }
     assert!(matches!(refusal(pid), TargetError::Zombie(p) if p == pid));
@@ -275,8 +295,7 @@ fn the_number_of_a_thread_names_its_process_and_ones_own_process_is_allowed() {
         let _ = ended.recv();
     });
     let tid = u32::try_from(told.recv().expect("a thread")).expect("positive");
-    let report =
-        ProcessMove::new(Destination::node(to)).pid(tid).dry_run(true).run().expect("our thread");
+    let report = to_node(to, all_of(tid)).dry_run(true).run().expect("our thread");
     let pid = std::process::id();
     assert!(report.notes.list.contains(&Note::Thread { tid, pid }), "{report:?}");
     assert!(report.notes.list.contains(&Note::Own { pid }), "{report:?}");
@@ -290,10 +309,10 @@ fn another_users_process_is_refused_with_the_remedy() {
     let (_, to) = nodes();
     if let Ok(pid) = std::env::var(ROLE) {
         let pid = pid.parse().expect("a pid");
-        let error = ProcessMove::new(Destination::node(to)).pid(pid).run().expect_err("not ours");
+        let error = to_node(to, all_of(pid)).run().expect_err("not ours");
         assert!(matches!(&error, ProcessError::Target(TargetError::Denied { .. })), "{error}");
         assert!(error.to_string().contains("CAP_SYS_PTRACE"), "{error}");
-        let error = Where::new().pid(pid).look().expect_err("not ours");
+        let error = Where::new(all_of(pid)).look().expect_err("not ours");
         assert!(matches!(error, TargetError::Denied { .. }), "{error}");
         return;
     }
@@ -322,10 +341,9 @@ fn a_cancelled_move_says_what_it_left() {
         eprintln!("skipped: with one node nothing is left to cancel");
         return;
     }
-    let to = |node| ProcessMove::new(Destination::node(node)).pid(child.pid);
-    let filter = Filter::new().range(child.range());
-    to(first).filter(filter.clone()).run().expect("our child");
-    let handle = to(second).filter(filter).rate(8 << 20).start().expect("our child");
+    let memory = of(&child, &Filter::new().range(child.range()));
+    to_node(first, memory.clone()).run().expect("our child");
+    let handle = to_node(second, memory).rate(8 << 20).start().expect("our child");
     while handle.progress().bytes_moved == 0 {
         std::thread::yield_now();
     }
@@ -339,10 +357,9 @@ fn a_cancelled_move_says_what_it_left() {
 fn what_a_move_would_cost_is_measured_between_two_nodes() {
     let child = Child::with(|| child::anonymous(8 << 20, false));
     let (first, second) = nodes();
-    let to = |node| ProcessMove::new(Destination::node(node)).pid(child.pid);
-    let filter = Filter::new().range(child.range());
-    to(first).filter(filter.clone()).run().expect("our child");
-    let plan = to(second).filter(filter).dry_run(true).run().expect("our child");
+    let memory = of(&child, &Filter::new().range(child.range()));
+    to_node(first, memory.clone()).run().expect("our child");
+    let plan = to_node(second, memory).dry_run(true).run().expect("our child");
     let Ok(cost) = Cost::measure(first, second) else {
         assert_eq!(first, second, "two nodes with memory");
         assert_eq!(bytes(&plan, Outcome::AlreadyThere), 8 << 20);
@@ -356,23 +373,28 @@ fn what_a_move_would_cost_is_measured_between_two_nodes() {
 fn a_process_with_60000_mappings_in_64_gib_is_looked_at_in_little_memory() {
     const MAPPINGS: usize = 60_000;
     let child = Child::with(|| child::sparse(MAPPINGS, 64 << 30));
-    let range = child.range();
-    let look = || Where::new().pid(child.pid).filter(Filter::new().range(range.clone())).look();
-    let before = resident_bytes();
-    let found = look().expect("our child");
-    let after = resident_bytes();
-    eprintln!(
-        "{} mappings, {} MiB present: looked at in {:?}",
-        found.mappings,
-        found.bytes() >> 20,
-        found.elapsed
-    );
-    if found.mappings < MAPPINGS as u64 {
-        eprintln!("skipped in part: vm.max_map_count allows fewer");
-    }
-    let present = found.mappings.div_ceil(2) * page_size() as u64;
-    assert!(found.bytes().abs_diff(present) <= 2 * page_size() as u64, "{found:?}");
-    if let (Some(before), Some(after)) = (before, after) {
-        assert!(after.saturating_sub(before) < 64 << 20, "from {before} to {after} bytes");
+    let kernels = [
+        ("this kernel", LinuxProcesses::default()),
+        ("one without PAGEMAP_SCAN", LinuxProcesses::default().without_scan()),
+    ];
+    for (which, kernel) in kernels {
+        let look = Where::new(of(&child, &Filter::new().range(child.range())));
+        let before = resident_bytes();
+        let found = look.kernel(Arc::new(kernel)).look().expect("our child");
+        let after = resident_bytes();
+        eprintln!(
+            "{which}: {} mappings, {} MiB present: looked at in {:?}",
+            found.mappings,
+            found.bytes() >> 20,
+            found.elapsed
+        );
+        if found.mappings < MAPPINGS as u64 {
+            eprintln!("skipped in part: vm.max_map_count allows fewer");
+        }
+        let present = found.mappings.div_ceil(2) * page_size() as u64;
+        assert!(found.bytes().abs_diff(present) <= 2 * page_size() as u64, "{found:?}");
+        if let (Some(before), Some(after)) = (before, after) {
+            assert!(after.saturating_sub(before) < 64 << 20, "from {before} to {after} bytes");
+        }
     }
 }

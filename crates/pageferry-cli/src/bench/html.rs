@@ -25,7 +25,7 @@ pub(super) fn render(results: &Results) -> Result<String, fmt::Error> {
         machine.cpus,
         machine.nodes,
         escape(&machine.kernel),
-        crate::topology::size(machine.memory_bytes),
+        crate::size::size(machine.memory_bytes),
         escape(&machine.thp),
         escape(&machine.clocksource),
         results.pageferry_version,

@@ -42,7 +42,7 @@ use std::time::Instant;
 
 use pageferry_copy::CopyEngine;
 
-pub(crate) use self::plan::{BenchArgs, parse_size};
+pub(crate) use self::plan::BenchArgs;
 
 use self::lab::Lab;
 use self::plan::{Plan, Scenario};

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use pageferry_sys::{affinity, cgroup, usage};
 
 use crate::output::Problem;
-use crate::topology::size as human;
+use crate::size::{parse_size, size as human};
 
 /// A part of the bench.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -279,21 +279,6 @@ fn region(mode: Mode, asked: Option<u64>, free: u64) -> Result<usize, Problem> {
     })
 }
 
-/// `4096`, `64K`, `512M`, `2G`: powers of 1024.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => 0,
-        "K" | "KIB" => 10,
-        "M" | "MIB" => 20,
-        "G" | "GIB" => 30,
-        "T" | "TIB" => 40,
-        unit => return Err(format!("unknown unit '{unit}'; use K, M, G or T")),
-    };
-    let number: u64 = digits.parse().map_err(|_| "expected a size such as 512M".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_owned())
-}
-
 /// That an output can be written must be known before minutes are spent on its content.
 fn check_writable(file: &std::path::Path) -> Result<(), Problem> {
     if file.as_os_str() == "-" {
@@ -319,16 +304,6 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
-
-    #[test]
-    fn sizes_have_binary_units() {
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("2GiB"), Ok(2 * GIB));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        assert!(parse_size("12Q").is_err());
-        assert!(parse_size("M").is_err());
-        assert!(parse_size("99999999999T").is_err());
-    }
 
     #[test]
     fn a_region_adapts_to_free_memory_unless_asked_for() {

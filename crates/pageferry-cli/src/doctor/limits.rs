@@ -6,7 +6,7 @@
 
 use super::Check;
 use super::host::Host;
-use crate::topology::size;
+use crate::size::size;
 
 /// Address space of one pool, of which there is one for each node and folio size: twice the default
 /// frame budget of 64 MiB, and 128 extents of 2 MiB for batches in the air. Measured: 384 MiB.

@@ -4,7 +4,7 @@ use pageferry_topology::Machine;
 
 use super::Check;
 use super::host::Host;
-use crate::topology::size;
+use crate::size::size;
 
 const THP: &str = "sys/kernel/mm/transparent_hugepage";
 

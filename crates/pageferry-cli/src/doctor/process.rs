@@ -3,8 +3,10 @@
 //! the kernel's features.)
 //!
 //! Source: mm/migrate.c (`find_mm_struct`, `do_pages_move`, `kernel_move_pages`), kernel/ptrace.c
-//! (`__ptrace_may_access`), security/yama/yama_lsm.c, `Documentation/admin-guide/mm/numaperf.rst`.
+//! (`__ptrace_may_access`), security/yama/yama_lsm.c, `Documentation/admin-guide/mm/numaperf.rst`,
+//! `Documentation/admin-guide/mm/idle_page_tracking.rst`.
 
+use pageferry_sys::idle::BITMAP;
 use pageferry_topology::{Machine, NodeList};
 
 use super::Check;
@@ -21,6 +23,8 @@ pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
         ptrace_scope(host),
         cpuset(host, &memory.unwrap_or_default()),
         demotion(host, tiers),
+        idle_pages(host),
+        copy_offload(host),
     ]
 }
 
@@ -108,6 +112,48 @@ fn demotion(host: &Host, tiers: usize) -> Check {
     }
 }
 
+/// What `move --min-age` asks. The bitmap is there where the kernel tracks idle pages; reading it
+/// would do no harm, but takes root.
+fn idle_pages(host: &Host) -> Check {
+    const ID: &str = "idle-pages";
+    if !host.root().join(BITMAP.trim_start_matches('/')).exists() {
+        return Check::warn(
+            ID,
+            "not tracked by this kernel: `move --min-age` has nothing to go by",
+            "use a kernel with CONFIG_IDLE_PAGE_TRACKING=y if pages are to be moved by their age",
+        );
+    }
+    if !host.has(Capability::SysAdmin) {
+        return Check::warn(
+            ID,
+            "tracked, but told to root alone: `move --min-age` will be refused",
+            "run as root, with CAP_SYS_ADMIN outside of containers",
+        );
+    }
+    Check::ok(ID, "tracked: `move --min-age` can tell which pages are used")
+}
+
+/// Who copies the pages that the kernel moves: docs/kernel.md has the interface.
+fn copy_offload(host: &Host) -> Check {
+    const ID: &str = "kernel-copies";
+    let told = |name: &str| host.text(&format!("sys/kernel/mm/migrate_offload/{name}"));
+    Check::ok(
+        ID,
+        match told("migrator") {
+            None => "folio by folio, as Linux does".to_owned(),
+            Some(none) if none == "none" => {
+                "in batches if a module is loaded (pageferry_copy_mt, pageferry_copy_dma); \
+                 folio by folio now"
+                    .to_owned()
+            }
+            Some(module) => {
+                let reasons = told("reasons").unwrap_or_default();
+                format!("in batches by {module}, for these reasons to migrate: {reasons}")
+            }
+        },
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use pageferry_topology::NodeId;
@@ -126,12 +172,40 @@ mod tests {
             ("proc/self/status", "CapEff:\t0000000000000000\nMems_allowed_list:\t0\n"),
             ("sys/kernel/mm/numa/demotion_enabled", "true\n"),
         ]);
-        let found = [others(&host), shared(&host), cpuset(&host, &two()), demotion(&host, 2)];
+        let found = [
+            others(&host),
+            shared(&host),
+            cpuset(&host, &two()),
+            demotion(&host, 2),
+            idle_pages(&host),
+        ];
         for check in &found {
             assert_eq!(check.status, Status::Warn, "{check:?}");
             assert!(check.remedy.is_some(), "{check:?}");
         }
         assert!(found[2].found.contains("forbids node 1"), "{:?}", found[2]);
+    }
+
+    #[test]
+    fn who_copies_in_the_kernel_is_told() {
+        let folder = "sys/kernel/mm/migrate_offload";
+        let (migrator, reasons) = (format!("{folder}/migrator"), format!("{folder}/reasons"));
+        let found = |files: &[(&str, &str)]| copy_offload(&host(files).1).found;
+        assert_eq!(found(&[]), "folio by folio, as Linux does");
+        assert!(found(&[(&migrator, "none\n"), (&reasons, "all\n")]).contains("now"));
+        let loaded = found(&[(&migrator, "pageferry_copy_mt\n"), (&reasons, "demotion\n")]);
+        assert!(loaded.contains("pageferry_copy_mt") && loaded.ends_with("demotion"), "{loaded}");
+    }
+
+    #[test]
+    fn idle_pages_take_a_kernel_that_tracks_them_and_root() {
+        let bitmap = ("sys/kernel/mm/page_idle/bitmap", "");
+        // CAP_SYS_ADMIN is bit 21.
+        for (capabilities, status) in [("200000", Status::Ok), ("80000", Status::Warn)] {
+            let status_file = format!("CapEff:\t0000000000{capabilities}\n");
+            let (_dir, host) = host(&[bitmap, ("proc/self/status", &status_file)]);
+            assert_eq!(idle_pages(&host).status, status, "{capabilities}");
+        }
     }
 
     #[test]

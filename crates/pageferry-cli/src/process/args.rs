@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueHint};
-use pageferry::process::{Filter, Kind, Target};
+use pageferry::process::{Filter, Kind, Selection, Target};
 use pageferry_topology::{ListError, Machine, NodeId, NodeList};
 
 use super::trouble;
@@ -53,6 +53,11 @@ pub(super) struct GroupArgs {
 pub(super) fn targets(pids: &[u32], groups: &GroupArgs) -> Vec<Target> {
     let pids = pids.iter().map(|pid| Target::Pid(*pid));
     pids.chain(groups.cgroup.iter().cloned().map(Target::Cgroup)).collect()
+}
+
+/// Their memory.
+pub(super) fn selection(targets: impl IntoIterator<Item = Target>) -> Selection {
+    targets.into_iter().fold(Selection::new(), Selection::target)
 }
 
 fn kinds() -> impl TypedValueParser<Value = Kind> {
@@ -141,15 +146,26 @@ pub(super) fn latency(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// `20ms`, `500us`, `1.5s`.
+/// The time for which pages must not have been used.
+pub(super) fn age(text: &str) -> Result<Duration, String> {
+    let age = duration(text)?;
+    match (Duration::from_millis(1)..=Duration::from_secs(24 * 60 * 60)).contains(&age) {
+        true => Ok(age),
+        false => Err("it can be 1ms to 24h".into()),
+    }
+}
+
+/// `20ms`, `500us`, `1.5s`, `5m`, `2h`.
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match &text[digits.len()..] {
         "us" => 1e-6,
         "ms" => 1e-3,
         "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
         "" => return Err("the unit is missing; write for example 20ms".into()),
-        unit => return Err(format!("unknown unit '{unit}'; use us, ms or s")),
+        unit => return Err(format!("unknown unit '{unit}'; use us, ms, s, m or h")),
     };
     let number: f64 = digits.parse().map_err(|_| "expected a time such as 20ms".to_owned())?;
     Duration::try_from_secs_f64(number * unit).map_err(|_| "not a time".to_owned())
@@ -186,7 +202,10 @@ mod tests {
         assert_eq!(duration("20ms"), Ok(Duration::from_millis(20)));
         assert_eq!(duration("1.5s"), Ok(Duration::from_millis(1500)));
         assert_eq!(duration("500us"), Ok(Duration::from_micros(500)));
-        for bad in ["20", "ms", "", "-1s", "1h", "1e400s", "NaNs"] {
+        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+        assert_eq!(age("24h"), Ok(Duration::from_secs(86_400)));
+        assert!(age("25h").is_err() && age("1us").is_err());
+        for bad in ["20", "ms", "", "-1s", "1d", "1e400s", "NaNs"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }

@@ -4,16 +4,16 @@
 //! anonymous memory. What it has of that is regions, moved, and the frames of its engine's pools,
 //! whose nodes the engine relies on.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use indicatif::ProgressBar;
 use pageferry::control::{self, AskError, Request, Summary};
 use pageferry::process::Target;
-use pageferry_sys::procfs;
+use pageferry_sys::procfs::{self, ProcDir};
 
 use crate::cancel;
-use crate::topology::size;
+use crate::size::size;
 
 /// A program that was asked.
 #[derive(Debug)]
@@ -34,14 +34,9 @@ pub(super) struct Answers {
 }
 
 /// Asks every one of the processes that listens, one after the other.
-pub(super) fn all(
-    targets: &[Target],
-    children: bool,
-    wish: &Request,
-    bar: &ProgressBar,
-) -> Answers {
+pub(super) fn all(pids: Vec<u32>, wish: &Request, bar: &ProgressBar) -> Answers {
     let mut answers = Answers::default();
-    for pid in everybody(targets, children) {
+    for pid in pids {
         let progress = |done, total: u64| {
             bar.set_length(total.max(1));
             bar.set_position(done);
@@ -72,6 +67,32 @@ pub(super) fn all(
     answers
 }
 
+/// The processes that are meant, and those of them that are known already.
+#[derive(Debug)]
+pub(super) struct Crowd<'a> {
+    targets: &'a [Target],
+    children: bool,
+    /// When each began: a number may be given to another process.
+    known: HashMap<u32, u64>,
+}
+
+impl<'a> Crowd<'a> {
+    pub(super) fn new(targets: &'a [Target], children: bool) -> Self {
+        Self { targets, children, known: HashMap::new() }
+    }
+
+    /// Those who were not there at the last look.
+    pub(super) fn look(&mut self) -> Vec<u32> {
+        let mut pids = everybody(self.targets, self.children);
+        pids.retain(|pid| match ProcDir::open(*pid).and_then(|dir| dir.status()) {
+            Ok(status) => self.known.insert(*pid, status.started) != Some(status.started),
+            // Who has ended is told of once, if it was named.
+            Err(_) => self.known.insert(*pid, 0).is_none(),
+        });
+        pids.into_iter().collect()
+    }
+}
+
 /// The processes that are meant, as they are now.
 fn everybody(targets: &[Target], children: bool) -> BTreeSet<u32> {
     let mut pids = BTreeSet::new();
@@ -81,7 +102,7 @@ fn everybody(targets: &[Target], children: bool) -> BTreeSet<u32> {
                 pids.insert(*pid);
             }
             Target::Cgroup(path) => pids.extend(members(path)),
-            // A kind of target that is not known here is not asked.
+            // Another kind of target is not asked.
             _ => {}
         }
     }
@@ -112,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn children_are_found_and_who_does_not_listen_is_left_to_the_kernel()
+    fn children_are_found_once_and_who_does_not_listen_is_left_to_the_kernel()
     -> Result<(), Box<dyn std::error::Error>> {
         let mut child = std::process::Command::new("sleep").arg("60").spawn()?;
         let me = [Target::Pid(std::process::id())];
@@ -120,9 +141,17 @@ mod tests {
         let family = everybody(&me, true);
         let wish =
             Request { version: control::VERSION, from: vec![], to: 0, stall_budget_us: None };
-        let answers = all(&me, true, &wish, &ProgressBar::hidden());
+        let mut crowd = Crowd::new(&me, true);
+        let answers = all(crowd.look(), &wish, &ProgressBar::hidden());
+        let later = std::process::Command::new("sleep").arg("60").spawn();
+        let joined = crowd.look();
         child.kill()?;
         child.wait()?;
+        let mut later = later?;
+        later.kill()?;
+        later.wait()?;
+        // Other tests have children too.
+        assert!(joined.contains(&later.id()) && !joined.contains(&child.id()), "{joined:?}");
         assert!(!alone.contains(&child.id()) && family.contains(&child.id()));
         assert!(answers.asked.is_empty(), "{answers:?}");
         assert!(answers.others.contains(&child.id()), "{answers:?}");

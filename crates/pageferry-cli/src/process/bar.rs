@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pageferry::process::ProcessProgress;
+use pageferry::process::{ProcessProgress, Stage};
 
 use crate::output::Context;
-use crate::topology::size;
+use crate::size::size;
 
 /// How often it is brought up to date.
 pub(super) const EVERY: Duration = Duration::from_millis(100);
@@ -24,9 +24,24 @@ pub(super) fn new(context: &Context) -> anyhow::Result<ProgressBar> {
 
 /// Shows how far a move by the kernel is.
 pub(super) fn show(bar: &ProgressBar, progress: &ProcessProgress) {
+    if let Stage::Waiting { left, of } = progress.stage {
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        bar.set_length(milliseconds(of).max(1));
+        bar.set_position(milliseconds(of.saturating_sub(left)));
+        bar.set_message(waiting(left));
+        return;
+    }
     bar.set_length(progress.bytes_total.max(1));
     bar.set_position(progress.bytes_looked_at);
-    bar.set_message(message(progress.bytes_moved, progress.rate(), progress.eta()));
+    bar.set_message(match progress.stage {
+        Stage::Marking => "marking pages, to see which are used".into(),
+        _ => message(progress.bytes_moved, progress.rate(), progress.eta()),
+    });
+}
+
+/// `waiting to see which pages are used, 12 s`.
+fn waiting(left: Duration) -> String {
+    format!("waiting to see which pages are used, {:.0} s", left.as_secs_f64())
 }
 
 /// `1.2 GiB moved, 1.80 GB/s, 12 s left`.
@@ -44,5 +59,9 @@ mod tests {
         let left = Some(Duration::from_secs(12));
         assert_eq!(message(3 << 29, 1.8e9, left), "1.5 GiB moved, 1.80 GB/s, 12 s left");
         assert_eq!(message(0, 0.0, None), "0 B moved, 0.00 GB/s");
+        assert_eq!(
+            waiting(Duration::from_millis(11_900)),
+            "waiting to see which pages are used, 12 s"
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use pageferry::Outcome;
-use pageferry::process::{Destination, Filter, Line, ProcessMove};
+use pageferry::process::{Destination, Filter, Line, ProcessMove, Selection};
 use pageferry_topology::{Machine, NodeId};
 use serde::Serialize;
 
@@ -124,10 +124,9 @@ fn measure(to: NodeId, machine: &Machine) -> Option<(u64, f64)> {
     let memory = black_box(vec![1u8; SAMPLE]);
     let start = memory.as_ptr().addr();
     let range = args::whole_pages(start..start + SAMPLE)?;
+    let own = Selection::new().pid(std::process::id()).filter(Filter::new().range(range));
     let go = |node| {
-        ProcessMove::new(Destination::node(node))
-            .pid(std::process::id())
-            .filter(Filter::new().range(range.clone()))
+        ProcessMove::new(own.clone(), Destination::node(node))
             .workers(1)
             .cancelled_by(cancel::requested_flag().clone())
             .run()

@@ -6,7 +6,8 @@
 //! and what is wrong is said in this command's form, on stderr.
 
 use clap::Args;
-use pageferry::process::{Destination, ProcessMove};
+use pageferry::process::{Destination, ProcessMove, Selection};
+use pageferry_sys::procfs::ProcDir;
 use pageferry_topology::NodeList;
 
 use super::{args, trouble};
@@ -49,14 +50,13 @@ fn migrate(args: &MigratepagesArgs) -> Result<(), Problem> {
     let machine = args::machine()?;
     let with_memory: NodeList = machine.memory_nodes().map(|node| node.id).collect();
     // numa_parse_nodestring(3): the nodes of the caller's cpuset.
-    let own = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let own = own.lines().find_map(|line| line.strip_prefix("Mems_allowed_list:"));
-    let own: Option<NodeList> = own.and_then(|list| list.parse().ok());
+    let own = ProcDir::open(std::process::id()).and_then(|own| own.status());
+    let own: Option<NodeList> = own.ok().and_then(|own| own.nodes_allowed.parse().ok());
+    let own = own.filter(|nodes| !nodes.is_empty());
     let allowed = own.map_or_else(|| with_memory.clone(), |own| with_memory.intersection(&own));
     let from = args::with_memory_only("FROM", &args.from, &machine, &allowed)?;
     let to = args::with_memory_only("TO", &args.to, &machine, &allowed)?;
-    let report = ProcessMove::new(Destination::paired(&from, &to))
-        .pid(pid)
+    let report = ProcessMove::new(Selection::new().pid(pid), Destination::paired(&from, &to))
         .cancelled_by(cancel::requested_flag().clone())
         .run();
     report.map(drop).map_err(|error| trouble::of_move(&error))

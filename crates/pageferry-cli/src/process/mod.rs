@@ -6,7 +6,7 @@
 //!   ([`trouble`]), before a page is touched.
 //! - What a report says adds up: every page looked at is in one line of it, and each line of
 //!   pages that stayed says why and what can be done.
-//! - The first SIGINT or SIGTERM stops a move after the calls under way; it still reports.
+//! - The first SIGINT, SIGTERM or SIGHUP stops a move after the calls under way; it still reports.
 //!
 //! A program that uses the library and listens is asked to move its regions itself ([`ask`]), with
 //! the library's own copies; the rest goes the kernel's way ([`pageferry::process`]).

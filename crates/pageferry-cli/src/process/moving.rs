@@ -8,28 +8,31 @@ use clap::{ArgGroup, Args};
 use indicatif::ProgressBar;
 use pageferry::control::{Request, VERSION};
 use pageferry::process::{
-    DEFAULT_CALL_LATENCY, Destination, Filter, Kind, Priority, ProcessError, ProcessMove, Reserve,
-    Target, TargetError,
+    DEFAULT_CALL_LATENCY, Destination, Filter, Kind, Note, Priority, ProcessMove, Reserve,
+    Selection, Target,
 };
 use pageferry_topology::{Machine, NodeId, NodeList};
 
 use super::args::{self, FilterArgs, GroupArgs};
+use super::ask::{self, Crowd};
 use super::report::Moved;
-use super::{ask, bar, estimate, report_text, trouble};
-use crate::bench::parse_size;
+use super::{bar, estimate, report_text, trouble};
 use crate::cancel;
 use crate::cli::{JsonArg, exit_codes};
 use crate::exit::Exit;
 use crate::output::{Context, Problem};
+use crate::size::parse_size;
 
+/// Looks for processes that have joined, where some are asked.
+const ROUNDS: u32 = 256;
 /// What is asked of programs themselves, and when.
 const AFTER_HELP: &str = "\
 Nodes are written as in numactl: 0,2-3, all, !1 (all but 1), +0 (the first). Sizes take K, M, G and \
 T, powers of 1024.
 
 A program that uses the pageferry library and listens is asked to move its regions itself, with \
-the library's own copies, if --to is one node and neither --dry-run, --file, --range, --rate nor \
---reserve is given; its other memory then goes the kernel's way, but for its anonymous memory, \
+the library's own copies, if --to is one node and neither --dry-run, --file, --min-age, --range, \
+--rate nor --reserve is given; its other memory then goes the kernel's way, but for its anonymous memory, \
 which is its own to place.
 
 Where pages stayed that were to go, the exit code is 4, and the report says why.";
@@ -77,6 +80,11 @@ pub(crate) struct MoveArgs {
     #[arg(long, value_name = "A-B", value_parser = args::addresses,
           conflicts_with_all = ["cgroup", "children"])]
     range: Option<std::ops::Range<usize>>,
+
+    /// Only pages that were not used for so long, such as 30s or 5m: waits for that long first;
+    /// root only, and by the kernel also where a program listens
+    #[arg(long, value_name = "TIME", value_parser = args::age)]
+    min_age: Option<Duration>,
 
     /// Have a program wait no longer than this for one call (100us to 10s) [default: 20ms]
     #[arg(long, value_name = "TIME", value_parser = args::latency)]
@@ -190,15 +198,24 @@ impl<'a> Plan<'a> {
         }
     }
 
-    fn request(&self, targets: impl IntoIterator<Item = Target>) -> ProcessMove {
-        let args = self.args;
-        let mut request = ProcessMove::new(self.destination())
+    /// All that was asked for.
+    fn selection(&self) -> Selection {
+        args::selection(self.targets.clone())
+            .children(self.args.groups.children)
             .filter(self.filter())
+    }
+
+    fn request(&self, selection: Selection) -> ProcessMove {
+        let args = self.args;
+        let mut request = ProcessMove::new(selection, self.destination())
             .call_latency(args.latency.unwrap_or(DEFAULT_CALL_LATENCY))
             .dry_run(args.dry_run)
             .cancelled_by(cancel::requested_flag().clone());
         if let Some(from) = &self.from {
             request = request.from(from.clone());
+        }
+        if let Some(age) = args.min_age {
+            request = request.min_age(age);
         }
         if let Some(rate) = args.rate {
             request = request.rate(rate);
@@ -209,19 +226,17 @@ impl<'a> Plan<'a> {
         if let Some(reserve) = args.reserve {
             request = request.reserve(Reserve::Bytes(reserve));
         }
-        request = request.priority(match args.nice {
+        request.priority(match args.nice {
             _ if args.idle => Priority::Idle,
             Some(nice) => Priority::Nice(nice),
             None => Priority::Normal,
-        });
-        targets.into_iter().fold(request, ProcessMove::target)
+        })
     }
 
     /// Finds what is wrong before anybody is asked: a move that ends before its first page.
     fn check(&self) -> Result<(), Problem> {
         let ended = Arc::new(AtomicBool::new(true));
-        let request = self.request(self.targets.clone()).children(self.args.groups.children);
-        let checked = request.dry_run(true).cancelled_by(ended).run();
+        let checked = self.request(self.selection()).dry_run(true).cancelled_by(ended).run();
         checked.map(drop).map_err(|error| trouble::of_move(&error))
     }
 
@@ -230,7 +245,8 @@ impl<'a> Plan<'a> {
         let args = self.args;
         let [to] = self.nodes[..] else { return None };
         let bounded = args.rate.is_some() || args.reserve.is_some() || args.dry_run;
-        let chosen = args.range.is_some() || args.filter.file.is_some();
+        // Of its pages' age the library knows nothing.
+        let chosen = args.range.is_some() || args.filter.file.is_some() || args.min_age.is_some();
         let only = &args.filter.only;
         if bounded || chosen || !(only.is_empty() || only.contains(&Kind::Anonymous)) {
             return None;
@@ -243,24 +259,9 @@ impl<'a> Plan<'a> {
     fn go(&self, bar: &ProgressBar) -> Result<Moved, Problem> {
         let began = Instant::now();
         let mut moved = Moved::new(self.args.dry_run, self.nodes.iter().copied().collect());
-        let children = self.args.groups.children;
-        let answers = match self.wish() {
-            Some(wish) => ask::all(&self.targets, children, &wish, bar),
-            None => ask::Answers::default(),
-        };
-        moved.remarks.extend(answers.remarks);
-        if answers.asked.is_empty() {
-            let request = self.request(self.targets.clone()).children(children);
-            moved.add(watched(request, bar).run().map_err(|e| trouble::of_move(&e))?);
-        } else {
-            // By number from here on, so that those that were asked can be told from the others.
-            self.outside(answers.others, None, bar, &mut moved)?;
-            let listeners = answers.asked.iter().map(|asked| asked.pid).collect();
-            let only = &self.args.filter.only;
-            let rest = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Anonymous);
-            let rest = rest.filter(|kind| only.is_empty() || only.contains(kind)).collect();
-            self.outside(listeners, Some(rest), bar, &mut moved)?;
-            moved.asked = answers.asked;
+        match self.wish() {
+            Some(wish) => self.ask_and_move(&wish, bar, &mut moved)?,
+            None => self.by_kernel(bar, &mut moved)?,
         }
         moved.cancelled |= cancel::requested();
         moved.elapsed = began.elapsed();
@@ -273,37 +274,74 @@ impl<'a> Plan<'a> {
         Ok(moved)
     }
 
-    /// Moves these processes' memory, of these kinds, the kernel's way. They were found, not
-    /// named: who has ended meanwhile is left out.
-    fn outside(
+    /// Everything the kernel's way, who joins meanwhile included.
+    fn by_kernel(&self, bar: &ProgressBar, moved: &mut Moved) -> Result<(), Problem> {
+        let report = watched(self.request(self.selection()), bar).run();
+        moved.add(report.map_err(|error| trouble::of_move(&error))?);
+        Ok(())
+    }
+
+    /// Asks who listens, and moves everybody else, and what of the listeners is not theirs to
+    /// move, from outside. Then looks who has joined meanwhile, until nobody has.
+    fn ask_and_move(
         &self,
-        mut pids: Vec<u32>,
-        kinds: Option<Vec<Kind>>,
+        wish: &Request,
         bar: &ProgressBar,
         moved: &mut Moved,
     ) -> Result<(), Problem> {
-        if kinds.as_ref().is_some_and(Vec::is_empty) {
+        let only = &self.args.filter.only;
+        let rest = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Anonymous);
+        let rest: Vec<Kind> = rest.filter(|kind| only.is_empty() || only.contains(kind)).collect();
+        let mut crowd = Crowd::new(&self.targets, self.args.groups.children);
+        let mut answers = ask::all(crowd.look(), wish, bar);
+        moved.remarks.append(&mut answers.remarks);
+        if answers.asked.is_empty() {
+            return self.by_kernel(bar, moved);
+        }
+        // By number from here on, so that those that were asked can be told from the others.
+        let mut joined = 0;
+        for round in 1..=ROUNDS {
+            self.outside(answers.others, None, bar, moved)?;
+            let listeners = answers.asked.iter().map(|asked| asked.pid).collect();
+            moved.asked.append(&mut answers.asked);
+            self.outside(listeners, Some(&rest), bar, moved)?;
+            let new = crowd.look();
+            if new.is_empty() || cancel::requested() {
+                break;
+            }
+            if round == ROUNDS {
+                moved.remarks.push(Note::StillJoining.to_string());
+                break;
+            }
+            joined += new.len() as u64;
+            answers = ask::all(new, wish, bar);
+            moved.remarks.append(&mut answers.remarks);
+        }
+        if joined > 0 {
+            moved.remarks.push(Note::MoreJoined { processes: joined }.to_string());
+        }
+        Ok(())
+    }
+
+    /// Moves these processes' memory, of these kinds if any are said, the kernel's way. They were
+    /// found, not named: what is wrong with one is a note.
+    fn outside(
+        &self,
+        pids: Vec<u32>,
+        kinds: Option<&[Kind]>,
+        bar: &ProgressBar,
+        moved: &mut Moved,
+    ) -> Result<(), Problem> {
+        if pids.is_empty() || kinds.is_some_and(<[Kind]>::is_empty) {
             return Ok(());
         }
-        while !pids.is_empty() {
-            let mut request = self.request(pids.iter().map(|pid| Target::Pid(*pid)));
-            if let Some(kinds) = &kinds {
-                request = request.filter(Filter::new().kinds(kinds.iter().copied()));
-            }
-            match watched(request, bar).run() {
-                Ok(report) => {
-                    moved.add(report);
-                    break;
-                }
-                Err(error) => match about(&error) {
-                    Some(pid) if pids.contains(&pid) => {
-                        pids.retain(|other| *other != pid);
-                        moved.remarks.push(error.to_string());
-                    }
-                    _ => return Err(trouble::of_move(&error)),
-                },
-            }
-        }
+        let filter = match kinds {
+            Some(kinds) => Filter::new().kinds(kinds.iter().copied()),
+            None => self.filter(),
+        };
+        let found = args::selection(pids.into_iter().map(Target::Found)).filter(filter);
+        let report = watched(self.request(found), bar).run();
+        moved.add(report.map_err(|error| trouble::of_move(&error))?);
         Ok(())
     }
 }
@@ -311,19 +349,4 @@ impl<'a> Plan<'a> {
 fn watched(request: ProcessMove, bar: &ProgressBar) -> ProcessMove {
     let bar = bar.clone();
     request.on_progress(bar::EVERY, move |progress| bar::show(&bar, progress))
-}
-
-/// The process that an error is about.
-fn about(error: &ProcessError) -> Option<u32> {
-    match error {
-        ProcessError::Forbidden { pid, .. } => Some(*pid),
-        ProcessError::Target(
-            TargetError::NoProcess(pid)
-            | TargetError::Zombie(pid)
-            | TargetError::KernelThread(pid)
-            | TargetError::Denied { pid, .. }
-            | TargetError::Open { pid, .. },
-        ) => Some(*pid),
-        _ => None,
-    }
 }

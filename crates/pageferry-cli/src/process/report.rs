@@ -26,6 +26,8 @@ pub(super) struct Moved {
     pub(super) processes: u64,
     /// The time that moving from outside took.
     pub(super) outside: Duration,
+    /// Before that, to see which pages are used.
+    pub(super) waited: Duration,
     /// Every page looked at from outside is in one of them.
     pub(super) lines: Vec<Line>,
     pub(super) examples: Vec<Example>,
@@ -49,6 +51,7 @@ impl Moved {
             asked: Vec::new(),
             processes: 0,
             outside: Duration::ZERO,
+            waited: Duration::ZERO,
             lines: Vec::new(),
             examples: Vec::new(),
             notes: Notes::default(),
@@ -74,11 +77,11 @@ impl Moved {
         }
         self.lines.sort_by_key(|l| (l.outcome, l.kind, l.page_bytes));
         self.examples.extend(report.examples);
-        self.notes.list.extend(report.notes.list);
-        self.notes.left_out += report.notes.left_out;
+        self.notes.extend(report.notes);
         self.calls.push(report.calls);
         self.processes += report.processes;
-        self.outside += report.elapsed;
+        self.outside += report.elapsed.saturating_sub(report.waited);
+        self.waited += report.waited;
         self.retried_bytes += report.retried_bytes;
         self.workers = self.workers.max(report.workers);
         self.cancelled |= report.cancelled;
@@ -143,6 +146,7 @@ impl Moved {
             complete: self.is_complete(),
             to: &self.to,
             elapsed_s: self.elapsed.as_secs_f64(),
+            waited_s: self.waited.as_secs_f64(),
             processes: self.processes,
             bytes_looked_at: self.bytes(|_| true),
             bytes_moved: self.bytes(|outcome| outcome == Outcome::Moved),
@@ -170,6 +174,8 @@ pub(super) struct Document<'a> {
     complete: bool,
     to: &'a NodeList,
     elapsed_s: f64,
+    /// Of this, to see which pages are used.
+    waited_s: f64,
     processes: u64,
     bytes_looked_at: u64,
     bytes_moved: u64,

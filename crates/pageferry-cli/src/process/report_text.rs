@@ -10,7 +10,7 @@ use super::report::Moved;
 use super::residency_text::{counted, notes};
 use super::table::Table;
 use crate::output::{BOLD, DIM, YELLOW};
-use crate::topology::size;
+use crate::size::size;
 
 pub(super) fn text(moved: &Moved) -> String {
     let mut out = String::new();
@@ -93,6 +93,9 @@ fn headline(moved: &Moved, out: &mut String) -> fmt::Result {
     let seconds = moved.outside.as_secs_f64();
     if bytes > 0 && seconds > 0.0 {
         write!(out, ", {:.2} GB/s", bytes as f64 / 1e9 / seconds)?;
+    }
+    if !moved.waited.is_zero() {
+        write!(out, " after {} to see which pages are used", time(moved.waited))?;
     }
     writeln!(out, "; {processes}")
 }

@@ -89,9 +89,10 @@ pub(crate) fn run(args: &WhereArgs, context: &Context) -> anyhow::Result<Exit> {
 }
 
 fn look(args: &WhereArgs) -> Result<ProcessResidency, TargetError> {
-    let look = Where::new().children(args.groups.children).filter(args.filter.filter());
-    let look = look.top(args.top.into()).cancelled_by(cancel::requested_flag().clone());
-    args::targets(&args.pid, &args.groups).into_iter().fold(look, Where::target).look()
+    let selection = args::selection(args::targets(&args.pid, &args.groups))
+        .children(args.groups.children)
+        .filter(args.filter.filter());
+    Where::new(selection).top(args.top.into()).cancelled_by(cancel::requested_flag().clone()).look()
 }
 
 fn show(

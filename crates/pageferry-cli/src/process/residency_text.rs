@@ -7,7 +7,7 @@ use pageferry_topology::NodeList;
 
 use super::table::{Table, bar, percent};
 use crate::output::{BOLD, DIM};
-use crate::topology::size;
+use crate::size::size;
 
 /// Processes named in a note that is the same for many.
 const NAMED: usize = 4;
@@ -82,26 +82,32 @@ pub(super) fn notes(notes: &Notes, remarks: &[String], out: &mut String) -> fmt:
         return Ok(());
     }
     writeln!(out, "\n{BOLD}notes{BOLD:#}")?;
-    let mut alike: Vec<(&str, Vec<u32>)> = Vec::new();
+    // What, of whom, and of how many more.
+    let mut alike: Vec<(&str, Vec<u32>, u64)> = Vec::new();
     for note in &notes.list {
-        let (pid, what) = match note {
-            Note::KernelThread { pid } => (pid, "kernel threads, without memory of their own"),
-            Note::Zombie { pid } => (pid, "ended before (zombies), without memory"),
-            Note::Exited { pid } => (pid, "ended meanwhile"),
-            Note::Joined { pid } => (pid, "joined meanwhile, and looked at too"),
+        const ENDED: &str = "ended meanwhile";
+        const JOINED: &str = "joined meanwhile, and looked at too";
+        let (what, pid, more) = match note {
+            Note::Exited { pid } => (ENDED, Some(*pid), 0),
+            Note::MoreExited { processes } => (ENDED, None, *processes),
+            Note::Joined { pid } => (JOINED, Some(*pid), 0),
+            Note::MoreJoined { processes } => (JOINED, None, *processes),
             _ => {
                 writeln!(out, "  {}", printable(&note.to_string()))?;
                 continue;
             }
         };
-        match alike.iter_mut().find(|(known, _)| *known == what) {
-            Some((_, pids)) => pids.push(*pid),
-            None => alike.push((what, vec![*pid])),
+        match alike.iter_mut().find(|(known, ..)| *known == what) {
+            Some((_, pids, sum)) => {
+                pids.extend(pid);
+                *sum += more;
+            }
+            None => alike.push((what, pid.into_iter().collect(), more)),
         }
     }
-    for (what, pids) in alike {
+    for (what, pids, more) in alike {
         let first: Vec<String> = pids.iter().take(NAMED).map(u32::to_string).collect();
-        let more = match pids.len().saturating_sub(NAMED) {
+        let more = match more + pids.len().saturating_sub(NAMED) as u64 {
             0 => String::new(),
             more => format!(" and {more} more"),
         };
@@ -138,8 +144,9 @@ mod tests {
     #[test]
     fn what_is_said_of_many_processes_is_said_once() {
         let mut all = Notes::default();
-        all.list.extend((2..9).map(|pid| Note::KernelThread { pid }));
-        all.list.push(Note::Exited { pid: 40 });
+        all.list.extend((2..9).map(|pid| Note::Exited { pid }));
+        all.list.push(Note::MoreExited { processes: 100 });
+        all.list.push(Note::Joined { pid: 40 });
         all.list.push(Note::StillJoining);
         let mut out = String::new();
         notes(&all, &["said in words".into()], &mut out).expect("a String takes all");
@@ -148,8 +155,8 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "  kernel threads, without memory of their own: 2, 3, 4, 5 and 3 more",
-                "  ended meanwhile: 40",
+                "  ended meanwhile: 2, 3, 4, 5 and 103 more",
+                "  joined meanwhile, and looked at too: 40",
                 "  said in words"
             ],
             "{plain}"

@@ -1,6 +1,7 @@
 //! Refusals of the library in the command's form: what, because, remedy.
 
 use pageferry::process::{Notes, ProcessError, TargetError};
+use pageferry_sys::idle::BITMAP as IDLE_BITMAP;
 use pageferry_topology::ReadError;
 
 use crate::exit::Exit;
@@ -81,6 +82,7 @@ pub(super) fn of_move(error: &ProcessError) -> Problem {
                 "workers" => "--threads",
                 "priority" => "--nice",
                 "rate" => "--rate",
+                "min_age" => "--min-age",
                 _ => "--to, with --weights where given",
             };
             Problem::bad_input(
@@ -95,6 +97,21 @@ pub(super) fn of_move(error: &ProcessError) -> Problem {
             because: errno.to_string(),
             remedy: "use a kernel with CONFIG_NUMA and CONFIG_MIGRATION; in a container, its \
                      seccomp profile must allow move_pages(2)"
+                .into(),
+            exit: Exit::Failed,
+        },
+        ProcessError::NoIdlePages(errno) => Problem {
+            what: "--min-age: this kernel does not track which pages are idle".into(),
+            because: format!("{IDLE_BITMAP}: {errno}"),
+            remedy:
+                "use a kernel with CONFIG_IDLE_PAGE_TRACKING=y, as root; or leave --min-age out"
+                    .into(),
+            exit: Exit::Failed,
+        },
+        ProcessError::IdlePagesDenied(errno) => Problem {
+            what: "--min-age: which pages are idle is told to root alone".into(),
+            because: format!("{IDLE_BITMAP}: {errno}"),
+            remedy: "run as root, with CAP_SYS_ADMIN outside of containers; or leave --min-age out"
                 .into(),
             exit: Exit::Failed,
         },

@@ -30,6 +30,8 @@ use std::{
     thread::{Builder, JoinHandle},
 };
 
+use pageferry_sys::affinity::CpuSet;
+
 use super::rest::{IDLE, Rest};
 use crate::spin::{Spinner, cpus};
 
@@ -414,18 +416,8 @@ impl Shared {
 }
 
 fn pin_thread(thread: &JoinHandle<()>, cpu: usize) -> Result<(), PoolError> {
-    use std::os::unix::thread::JoinHandleExt;
-    let refuse = |errno| PoolError::Pin { cpu, source: io::Error::from_raw_os_error(errno) };
-    let bits = 8 * size_of::<libc::cpu_set_t>();
-    if cpu >= bits {
-        return Err(refuse(libc::EINVAL));
-    }
-    // SAFETY: cpu_set_t is a bit mask, for which zero is valid; `cpu` is within it; the thread
-    // has not been joined, so its handle is valid.
-    let rc = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &set)
-    };
-    if rc == 0 { Ok(()) } else { Err(refuse(rc)) }
+    // One that a set has no room for leaves it empty, which is refused as any other that is not
+    // there.
+    let only: CpuSet = u32::try_from(cpu).into_iter().collect();
+    only.apply_to(thread).map_err(|errno| PoolError::Pin { cpu, source: errno.into() })
 }

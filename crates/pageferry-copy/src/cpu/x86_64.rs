@@ -215,6 +215,29 @@ global_asm!(
     pageferry_finish \name
 .endm
 
+// The end of a comparison of rdi with rsi, rdx = length, which is the same up to rcx. Entered from
+// above: the block there differs at its byte rax. Entered at 4: what is left is less than a block,
+// and goes byte by byte.
+.macro pageferry_differs_end isa
+    add rcx, rax
+    jmp 5f
+4:
+    cmp rcx, rdx
+    jae 5f
+    movzx eax, byte ptr [rdi + rcx]
+    cmp al, byte ptr [rsi + rcx]
+    jne 5f
+    inc rcx
+    jmp 4b
+5:
+    mov rdx, rcx
+.ifnc \isa,sse2
+    vzeroupper
+.endif
+    xor eax, eax
+    ret
+.endm
+
 pageferry_mark pageferry_copy_text
 
 pageferry_begin pageferry_copy_movsb
@@ -243,20 +266,7 @@ pageferry_begin pageferry_copy_differs_sse2
     jmp 2b
 3:
     bsf eax, eax
-    add rcx, rax
-    jmp 5f
-4:
-    cmp rcx, rdx
-    jae 5f
-    movzx eax, byte ptr [rdi + rcx]
-    cmp al, byte ptr [rsi + rcx]
-    jne 5f
-    inc rcx
-    jmp 4b
-5:
-    mov rdx, rcx
-    xor eax, eax
-    ret
+    pageferry_differs_end sse2
 pageferry_finish pageferry_copy_differs_sse2
 
 pageferry_mark pageferry_copy_text_avx
@@ -289,21 +299,7 @@ pageferry_begin pageferry_copy_differs_avx2
     or rax, r9
     not rax
     bsf rax, rax
-    add rcx, rax
-    jmp 5f
-4:
-    cmp rcx, rdx
-    jae 5f
-    movzx eax, byte ptr [rdi + rcx]
-    cmp al, byte ptr [rsi + rcx]
-    jne 5f
-    inc rcx
-    jmp 4b
-5:
-    mov rdx, rcx
-    vzeroupper
-    xor eax, eax
-    ret
+    pageferry_differs_end avx2
 pageferry_finish pageferry_copy_differs_avx2
 
 pageferry_mark pageferry_copy_text_end

@@ -4,9 +4,18 @@
 //! It answers as `do_pages_move` in mm/migrate.c does, gaps in the statuses included: pages are
 //! queued and moved together; a page that cannot be queued has its errno stored and the queue
 //! moved; when pages of a queue fail, the call ends there and the statuses of that queue and of
-//! all later pages stay untouched. Its clock stands still except for what calls are said to cost.
+//! all later pages stay untouched. A page of a folio of several that is queued already says `EBUSY`,
+//! and the folio moves as one. Its clock stands still except for what calls are said to cost, and
+//! for sleep.
+//!
+//! The frame of a page has the number of its address's page, so that folios are aligned as the
+//! kernel's are, and keeps it when it moves: what was marked idle is idle on the other node too.
 
 mod calls;
+mod idle;
+mod moving;
+
+use idle::Idle;
 
 use super::{Backing, Backings};
 use crate::procfs::{Status, Vma};
@@ -33,6 +42,10 @@ pub enum ProcessOp {
     Parents,
     NodeFree,
     NodeWatermark,
+    IdlePages,
+    FrameFlags,
+    ReadIdle,
+    MarkIdle,
 }
 
 /// What happens in the middle of a move.
@@ -48,6 +61,10 @@ pub enum Event {
     Join(PathBuf, FakeProcess),
     /// A node's free memory becomes this many bytes.
     Free(u32, u64),
+    /// A process uses what lies in a range.
+    Touch(u32, Range<usize>),
+    /// What is missing in a range of a process comes to be there, on this node.
+    Fault(u32, Range<usize>, u32),
 }
 
 /// What keeps a page where it is.
@@ -79,6 +96,9 @@ pub struct FakeVma {
     pub vma: Vma,
     /// Bytes of each page: the base size, or that of huge pages.
     pub page_bytes: usize,
+    /// Bytes of each folio: as many as of a page, or of several that the page table maps one by
+    /// one. Folios are aligned to their size.
+    pub folio_bytes: usize,
     /// Its pages.
     pub pages: Vec<FakePage>,
 }
@@ -88,7 +108,14 @@ impl FakeVma {
     pub fn anonymous(start: usize, page_bytes: usize, pages: usize, node: u32) -> Self {
         let vma = Vma { start, end: start + pages * page_bytes, ..Vma::default() };
         let page = FakePage { node: Some(node), hindrance: None };
-        Self { vma, page_bytes, pages: vec![page; pages] }
+        Self { vma, page_bytes, folio_bytes: page_bytes, pages: vec![page; pages] }
+    }
+
+    /// The same in folios of this size, mapped page by page.
+    #[must_use]
+    pub fn in_folios(mut self, folio_bytes: usize) -> Self {
+        self.folio_bytes = folio_bytes;
+        self
     }
 }
 
@@ -120,6 +147,9 @@ struct State {
     events: Vec<(u64, Event)>,
     calls: Vec<ProcessOp>,
     moves: Vec<(usize, Duration)>,
+    batches: usize,
+    later: Vec<(Duration, Event)>,
+    idle: Idle,
     no_scan: bool,
     only_own: bool,
     per_page: Duration,
@@ -162,6 +192,11 @@ impl FakeKernel {
         self.lock().events.push((nth, event));
     }
 
+    /// Once the clock shows this time, at the next sleep, this happens.
+    pub fn at(&self, time: Duration, event: Event) {
+        self.lock().later.push((time, event));
+    }
+
     /// The kernel has no `PAGEMAP_SCAN`.
     pub fn without_scan(&self) {
         self.lock().no_scan = true;
@@ -197,6 +232,11 @@ impl FakeKernel {
         self.lock().moves.clone()
     }
 
+    /// How many times the kernel moved what was queued: a migration each, with its TLB flushes.
+    pub fn batches(&self) -> usize {
+        self.lock().batches
+    }
+
     /// The nodes of a process's pages, mapping by mapping.
     pub fn nodes_of(&self, pid: u32) -> Vec<Vec<Option<u32>>> {
         let state = self.lock();
@@ -227,13 +267,18 @@ impl State {
 
     fn happen(&mut self, event: Event) {
         match event {
-            Event::Exit(pid) => drop(self.processes.remove(&pid)),
+            Event::Exit(pid) => {
+                self.forget(pid, &(0..usize::MAX));
+                drop(self.processes.remove(&pid));
+            }
             Event::Exec(pid, vmas) => {
+                self.forget(pid, &(0..usize::MAX));
                 if let Some((process, image)) = self.processes.get_mut(&pid) {
                     (process.vmas, *image) = (vmas, *image + 1);
                 }
             }
             Event::Unmap(pid, range) => {
+                self.forget(pid, &range);
                 if let Some((process, _)) = self.processes.get_mut(&pid) {
                     process.vmas.retain(|v| v.vma.end <= range.start || v.vma.start >= range.end);
                 }
@@ -243,46 +288,16 @@ impl State {
                 self.processes.insert(process.status.tgid, (process, 1));
             }
             Event::Free(node, bytes) => self.nodes[node as usize].0 = bytes,
-        }
-    }
-
-    /// Moves what is queued. `Err`: what the call returns.
-    fn flush(
-        &mut self,
-        pid: u32,
-        queue: &mut Vec<(usize, usize)>,
-        node: u32,
-        status: &mut [i32],
-        left: usize,
-    ) -> Result<(), Result<usize, Errno>> {
-        let mut failed = 0;
-        let told = i32::try_from(node).unwrap_or(-1);
-        let queue = std::mem::take(queue);
-        for &(_, address) in &queue {
-            let free = self.nodes[node as usize].0;
-            let Ok(process) = self.living(pid) else { return Err(Err(Errno(libc::ESRCH))) };
-            let Some((page, bytes)) = page_at(process, address) else { continue };
-            if let Some(Hindrance::Fails(times @ 1..)) = &mut page.hindrance {
-                *times -= 1;
-                failed += 1;
-                continue;
+            Event::Touch(pid, range) => self.touch(pid, range),
+            Event::Fault(pid, range, node) => {
+                let Some((process, _)) = self.processes.get_mut(&pid) else { return };
+                for address in range.step_by(page_size()) {
+                    if let Some((page, _)) = page_at(process, address) {
+                        page.node = page.node.or(Some(node));
+                    }
+                }
             }
-            if free < bytes as u64 {
-                return Err(Err(Errno(libc::ENOMEM)));
-            }
-            let from = page.node.replace(node);
-            self.nodes[node as usize].0 -= bytes as u64;
-            if let Some(from) = from {
-                self.nodes[from as usize].0 += bytes as u64;
-            }
-            let cost = if bytes > page_size() { 64 } else { 1 };
-            self.now += self.per_page * cost;
         }
-        if failed > 0 {
-            return Err(Ok(failed + left));
-        }
-        queue.iter().for_each(|&(index, _)| status[index] = told);
-        Ok(())
     }
 }
 
@@ -292,52 +307,4 @@ fn page_at(process: &mut FakeProcess, address: usize) -> Option<(&mut FakePage, 
     let bytes = vma.page_bytes;
     let index = (address - vma.vma.start) / bytes;
     Some((vma.pages.get_mut(index)?, bytes))
-}
-
-impl State {
-    fn move_all(
-        &mut self,
-        pid: u32,
-        pages: &[usize],
-        nodes: &[i32],
-        status: &mut [i32],
-        shared: bool,
-    ) -> Result<usize, Errno> {
-        let mut queue = Vec::new();
-        for (index, (&address, &node)) in pages.iter().zip(nodes).enumerate() {
-            let node = u32::try_from(node).map_err(|_| Errno(libc::ENODEV))?;
-            if node as usize >= self.nodes.len() {
-                return Err(Errno(libc::ENODEV));
-            }
-            let process = self.living(pid)?;
-            let allowed = &process.status.nodes_allowed;
-            if !allowed.is_empty() && !allowed.split(',').any(|n| n.parse() == Ok(node)) {
-                return Err(Errno(libc::EACCES));
-            }
-            let told = match page_at(process, address) {
-                None => -libc::EFAULT,
-                Some((FakePage { hindrance: Some(Hindrance::Zero), .. }, _)) => -libc::EFAULT,
-                Some((FakePage { node: None, .. }, _)) => -libc::ENOENT,
-                Some((page, _)) if page.node == Some(node) => i32::try_from(node).unwrap_or(-1),
-                Some((page, _)) => match &mut page.hindrance {
-                    Some(Hindrance::Shared) if !shared => -libc::EACCES,
-                    Some(Hindrance::Unqueued(errno, times)) if *times > 0 => {
-                        *times -= 1;
-                        -*errno
-                    }
-                    _ => {
-                        queue.push((index, address));
-                        continue;
-                    }
-                },
-            };
-            status[index] = told;
-            let left = pages.len() - index - 1;
-            if let Err(ends) = self.flush(pid, &mut queue, node, status, left) {
-                return ends;
-            }
-        }
-        let node = nodes.first().and_then(|n| u32::try_from(*n).ok()).unwrap_or(0);
-        self.flush(pid, &mut queue, node, status, 0).map_or_else(|ends| ends, |()| Ok(0))
-    }
 }

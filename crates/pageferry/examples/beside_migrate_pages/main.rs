@@ -18,7 +18,7 @@
 mod child;
 
 use pageferry::Outcome;
-use pageferry::process::{Destination, ProcessMove, Where};
+use pageferry::process::{Destination, ProcessMove, Selection, Where};
 use pageferry::topology::{Machine, NodeId};
 use pageferry_sys::process::{LinuxProcesses, ProcessKernel as _};
 use pageferry_sys::usage::migrate_pages;
@@ -111,7 +111,8 @@ fn by_pageferry(program: &mut Program, to: NodeId, out: &mut impl Write) -> Resu
     program.ask("quiet")?;
     let present = program.present()?;
     program.watch()?;
-    let report = ProcessMove::new(Destination::node(to)).pid(program.pid()).run()?;
+    let program_memory = Selection::new().pid(program.pid());
+    let report = ProcessMove::new(program_memory, Destination::node(to)).run()?;
     let seconds = report.elapsed.as_secs_f64();
     let (felt, mapped) = program
         .tell(out, &format!("pageferry to {to}: {seconds:.1} s, {}", size(report.bytes_moved())))?;
@@ -252,7 +253,7 @@ impl Program {
 
     /// Its bytes on a node, by asking the kernel for the node of each page.
     fn on(&self, node: NodeId) -> Result<u64, Failure> {
-        let found = Where::new().pid(self.pid()).look()?;
+        let found = Where::new(Selection::new().pid(self.pid())).look()?;
         Ok(found.by_node().get(&node).copied().unwrap_or(0))
     }
 }

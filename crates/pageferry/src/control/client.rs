@@ -1,8 +1,8 @@
 //! The asking side.
 
 use super::{Answer, Request, Summary, folders, line, read_line, socket_name};
-use pageferry_sys::Errno;
 use pageferry_sys::peer::Peer;
+use pageferry_sys::procfs::{ProcDir, Status};
 use std::io::{BufReader, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -77,8 +77,7 @@ pub fn ask(
 ) -> Result<Option<Summary>, AskError> {
     let Some((path, mut stream)) = connect(pid)? else { return Ok(None) };
     let broken = |source| AskError::Broken { pid, source };
-    let peer = Peer::of(&stream)
-        .map_err(|Errno(errno)| broken(std::io::Error::from_raw_os_error(errno)))?;
+    let peer = Peer::of(&stream).map_err(|errno| broken(errno.into()))?;
     if u32::try_from(peer.pid) != Ok(pid) {
         return Err(AskError::Impostor { pid, path, other: peer.pid });
     }
@@ -101,14 +100,10 @@ pub fn ask(
 }
 
 fn connect(pid: u32) -> Result<Option<(PathBuf, UnixStream)>, AskError> {
-    let of_process = |source| AskError::Process { pid, source };
+    let status = ProcDir::open(pid).and_then(|dir| dir.status());
+    let Status { uid, own_pid, .. } =
+        status.map_err(|errno| AskError::Process { pid, source: errno.into() })?;
     let proc = PathBuf::from(format!("/proc/{pid}"));
-    let status = std::fs::read_to_string(proc.join("status")).map_err(of_process)?;
-    let uid = status_field(&status, "Uid:", 1)
-        .ok_or_else(|| of_process(std::io::Error::other("its user is not told in /proc")))?;
-    // The last of its numbers is the one that it knows itself by.
-    let own_pid = status.lines().find_map(|l| l.strip_prefix("NSpid:"));
-    let own_pid = own_pid.and_then(|l| l.split_whitespace().last()?.parse().ok()).unwrap_or(pid);
     for folder in folders(uid) {
         let inside = folder.strip_prefix("/").unwrap_or(&folder);
         let folder = proc.join("root").join(inside);
@@ -133,10 +128,4 @@ fn connect_below(folder: &Path, path: &Path) -> std::io::Result<UnixStream> {
     let folder = std::fs::File::open(folder)?;
     let name = path.file_name().unwrap_or_default();
     UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name))
-}
-
-/// A number of a line of `/proc/PID/status`, by its index.
-fn status_field(status: &str, key: &str, index: usize) -> Option<u32> {
-    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-    line.split_whitespace().nth(index)?.parse().ok()
 }

@@ -107,6 +107,18 @@ pub enum ProcessError {
         "this kernel does not move pages ({0}): Linux with CONFIG_NUMA and CONFIG_MIGRATION is needed"
     )]
     NoNuma(#[source] Errno),
+    /// A minimum age was asked for, and the kernel does not track idle pages.
+    #[error(
+        "min_age: this kernel does not track which pages are idle ({0}): Linux with \
+         CONFIG_IDLE_PAGE_TRACKING=y is needed, and root; or leave the minimum age out"
+    )]
+    NoIdlePages(#[source] Errno),
+    /// A minimum age was asked for, and which pages are idle is not for the caller to know.
+    #[error(
+        "min_age: which pages are idle is told to root alone ({0}): run as root, with \
+         CAP_SYS_ADMIN in the first user namespace and /sys writable; or leave the minimum age out"
+    )]
+    IdlePagesDenied(#[source] Errno),
     /// No thread for the move.
     #[error("no thread could be started for the move: {0}")]
     Thread(#[source] std::io::Error),

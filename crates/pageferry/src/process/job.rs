@@ -1,5 +1,6 @@
 //! A running move: the workers, how many of them, and who watches.
 
+use super::age::Age;
 use super::control::Control;
 use super::mover::Mover;
 use super::notes::{Note, Notes};
@@ -34,6 +35,26 @@ impl fmt::Debug for Watcher {
     }
 }
 
+/// When the watcher was told last.
+#[derive(Debug)]
+pub(super) struct Telling(Instant);
+
+impl Telling {
+    pub(super) fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Tells the watcher, if it is time to.
+    pub(super) fn tell(&mut self, job: &Job) {
+        if let Some(watcher) = &job.watcher
+            && self.0.elapsed() >= watcher.every
+        {
+            (watcher.call)(&job.control.progress());
+            self.0 = Instant::now();
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) kernel: Arc<dyn ProcessKernel>,
@@ -44,6 +65,7 @@ pub(super) struct Job {
     pub(super) latency: Duration,
     pub(super) retries: u32,
     pub(super) dry_run: bool,
+    pub(super) age: Option<Age>,
     pub(super) moves_shared: AtomicBool,
     pub(super) rate: Option<(u64, Mutex<Rate>)>,
     pub(super) workers: usize,
@@ -86,6 +108,9 @@ impl Job {
     /// Moves everything; returns when it is done or cancelled.
     pub(super) fn run(self) -> ProcessReport {
         let began = Instant::now();
+        let of_age = self.let_age();
+        let waited = if self.age.is_some() { began.elapsed() } else { Duration::ZERO };
+        self.control.begin_to_move();
         let limit = AtomicUsize::new(1);
         let tallies = Mutex::new(Vec::new());
         let most = std::thread::scope(|scope| {
@@ -115,6 +140,7 @@ impl Job {
             cancelled: self.control.is_cancelled(),
             dry_run: self.dry_run,
             workers: most,
+            waited,
             ..ProcessReport::default()
         };
         let mut last = Mover::new(&self);
@@ -126,6 +152,7 @@ impl Job {
             last.tally
         };
         report.notes.extend(self.notes);
+        report.notes.extend(of_age);
         let walk = self.work.into_walk();
         report.processes = walk.processes;
         report.notes.extend(walk.notes);
@@ -144,7 +171,7 @@ impl Job {
     fn watch(&self, limit: &AtomicUsize, mut hire: impl FnMut(usize) -> usize) -> usize {
         let mut growth = Growth::new(self.workers);
         let (mut most, mut window, mut moved) = (1, Instant::now(), 0);
-        let mut told = Instant::now();
+        let mut telling = Telling::new();
         self.control.workers.store(1, Ordering::Relaxed);
         while !self.work.is_done() {
             self.work.wait(Duration::from_millis(20));
@@ -164,12 +191,7 @@ impl Job {
                 }
                 (window, moved) = (Instant::now(), total);
             }
-            if let Some(watcher) = &self.watcher
-                && told.elapsed() >= watcher.every
-            {
-                (watcher.call)(&self.control.progress());
-                told = Instant::now();
-            }
+            telling.tell(self);
         }
         most
     }

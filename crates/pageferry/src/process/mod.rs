@@ -1,13 +1,14 @@
 //! The kernel's way: pages of any process, moved by `move_pages(2)` while it runs.
 //!
-//! [`ProcessMove`] moves, [`Where`] only looks. Both take processes by pid, by cgroup, with their
-//! children; both walk over the mappings as a stream, so that memory does not grow with what they
+//! [`ProcessMove`] moves, [`Where`] only looks. Both take a [`Selection`]: processes by pid, by
+//! cgroup, with their children; both walk over the mappings as a stream, so that memory does not grow with what they
 //! look at; and both count every page exactly once.
 //!
 //! How it works: the `walk` finds present pages (`PAGEMAP_SCAN`) and cuts them into pieces; the
 //! `work` queue gives them out, those that failed once more after a while; a `mover` asks for each
 //! page's node, moves what is to be moved in calls that fit a latency target (`pace`), where the
-//! destination has memory to spare (`room`), and accounts for every page (`report`).
+//! destination has memory to spare (`room`), and accounts for every page (`report`). With a
+//! minimum `age`, a first walk marks pages idle, and only those that stay so are moved.
 //!
 //! What always holds:
 //! - The outcomes add up to all pages looked at. A page that could not be moved is where it was.
@@ -18,6 +19,7 @@
 //! the call, if this one ended and was waited for. A pidfd tells afterwards; at worst pages of
 //! another process were moved, which changes where they are and not what they hold.
 
+mod age;
 mod control;
 mod cost;
 mod error;
@@ -30,6 +32,7 @@ mod place;
 mod report;
 mod request;
 mod residency;
+mod retry;
 mod room;
 mod seen;
 mod select;
@@ -37,7 +40,7 @@ mod targets;
 mod walk;
 mod work;
 
-pub use control::ProcessProgress;
+pub use control::{ProcessProgress, Stage};
 pub use cost::Cost;
 pub use error::{OptionError, ProcessError, TargetError};
 pub use notes::{Note, Notes};
@@ -45,7 +48,7 @@ pub use place::Destination;
 pub use report::{Example, Line, ProcessReport};
 pub use request::{DEFAULT_CALL_LATENCY, DEFAULT_RETRIES, ProcessHandle, ProcessMove};
 pub use residency::{BigMapping, Holding, ProcessResidency, Where};
-pub use select::{Filter, Kind};
+pub use select::{Filter, Kind, Selection};
 pub use targets::Target;
 
 /// How the workers compete for CPUs with the programs of the machine.

@@ -7,35 +7,45 @@
 //! What the kernel tells (mm/migrate.c, `do_pages_move`): pages are queued; one that cannot be
 //! queued has its errno stored as its status, and what was queued before it is moved; when pages
 //! of a queue cannot be moved, the call ends, and the statuses of that queue and of everything
-//! after it are left alone. A page of a larger folio that is queued already says `EBUSY`, though it
-//! moves with the folio. So what says `EBUSY`, or nothing, is asked for once more.
+//! after it are left alone. So what says `EBUSY`, or nothing, is asked for once more.
+//!
+//! A page of a larger folio that is queued already says `EBUSY` too, though it moves with the folio;
+//! and because it has a status the queue is moved there and then. Of folios that the page table maps
+//! page by page (64 KiB ones, huge pages that were split in the table) each would be a queue of its
+//! own, with its own TLB flushes. So once some are met, a call names pages in another order
+//! ([`folios_apart`]), and the queue ends once for all of them.
 
+use super::age::Look;
 use super::job::Job;
 use super::notes::Note;
 use super::pace::Chunk;
 use super::piece::{Piece, Span};
 use super::place::Decision;
 use super::report::Tally;
+use super::retry::{may_pass, outcome_of, spacing};
 use super::select::Kind;
 use super::targets::Process;
 use crate::report::{Busy, Outcome, Shortage};
 use pageferry_sys::process::UNTOLD;
 use pageferry_sys::{Errno, page_size};
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+
+/// Where a call has met folios that are mapped page by page, so many more calls expect them.
+const FOLIOS_EXPECTED: u32 = 16;
 
 /// A page that is to be moved.
 #[derive(Clone, Copy, Debug)]
-struct Item {
-    address: usize,
-    page_bytes: usize,
-    kind: Kind,
+pub(super) struct Item {
+    pub(super) address: usize,
+    pub(super) page_bytes: usize,
+    pub(super) kind: Kind,
 }
 
 #[derive(Debug)]
 pub(super) struct Mover<'j> {
-    job: &'j Job,
+    pub(super) job: &'j Job,
     pub(super) tally: Tally,
     base: Chunk,
     huge: Chunk,
@@ -43,31 +53,15 @@ pub(super) struct Mover<'j> {
     nodes: Vec<i32>,
     status: Vec<i32>,
     /// Pages by destination.
-    picked: Vec<Vec<Item>>,
+    pub(super) picked: Vec<Vec<Item>>,
     /// Indices of what is asked for once more.
     unclear: Vec<usize>,
     failed: Vec<(Item, Errno)>,
-}
-
-/// What an errno about a page means in the end.
-fn outcome_of(errno: Errno, page_bytes: usize, kind: Kind) -> Outcome {
-    match errno.0 {
-        libc::EBUSY => Outcome::Busy(Busy::Contended),
-        libc::EAGAIN => Outcome::Busy(Busy::Again),
-        libc::EACCES => Outcome::Busy(Busy::Shared),
-        libc::ENOMEM if kind == Kind::Hugetlb || page_bytes > page_size() => {
-            Outcome::NoFrame(Shortage::Huge)
-        }
-        libc::ENOMEM => Outcome::NoFrame(Shortage::Node),
-        libc::ENOENT => Outcome::Gone,
-        libc::EFAULT => Outcome::Unmapped,
-        other => Outcome::Busy(Busy::Other(other)),
-    }
-}
-
-/// Whether it may be different later.
-fn may_pass(errno: Errno) -> bool {
-    matches!(errno.0, libc::EBUSY | libc::EAGAIN | libc::ENOMEM)
+    /// Pages of the piece were not there any more.
+    lost: bool,
+    /// For so many calls more, folios that are mapped page by page are expected.
+    folios: u32,
+    pub(super) look: Look,
 }
 
 impl<'j> Mover<'j> {
@@ -83,6 +77,9 @@ impl<'j> Mover<'j> {
             picked: vec![Vec::new(); job.placement.nodes.len()],
             unclear: Vec::new(),
             failed: Vec::new(),
+            lost: false,
+            folios: 0,
+            look: Look::default(),
         }
     }
 
@@ -97,11 +94,7 @@ impl<'j> Mover<'j> {
         if process.is_gone() {
             return self.all(piece, Outcome::Exited);
         }
-        self.addresses.clear();
-        self.addresses.extend(piece.spans.iter().flat_map(Span::addresses));
-        self.status.clear();
-        self.status.resize(self.addresses.len(), UNTOLD);
-        if let Err(errno) = process.view.nodes(&self.addresses, &mut self.status) {
+        if let Err(errno) = self.ask(piece) {
             let ended = process.ended_by(errno);
             let stayed = Outcome::Busy(Busy::Other(errno.0));
             return self.all(piece, if ended { Outcome::Exited } else { stayed });
@@ -109,14 +102,32 @@ impl<'j> Mover<'j> {
         self.pick(piece);
         for index in 0..self.picked.len() {
             let mut items = std::mem::take(&mut self.picked[index]);
-            self.send(process, index, &items, piece.tries);
+            self.leave_young(process, &mut items);
+            if self.job.dry_run {
+                self.settle(process, &items, Outcome::WouldMove);
+            } else {
+                self.send(process, index, &mut items, piece.tries);
+            }
             items.clear();
             self.picked[index] = items;
         }
         self.keep_failed(process, piece.tries);
+        if std::mem::take(&mut self.lost) {
+            self.job.work.look_again(process);
+        }
+    }
+
+    /// Asks for the nodes of a piece's pages.
+    pub(super) fn ask(&mut self, piece: &Piece) -> Result<(), Errno> {
+        self.addresses.clear();
+        self.addresses.extend(piece.spans.iter().flat_map(Span::addresses));
+        self.status.clear();
+        self.status.resize(self.addresses.len(), UNTOLD);
+        piece.process.view.nodes(&self.addresses, &mut self.status)
     }
 
     fn all(&mut self, piece: &Piece, outcome: Outcome) {
+        self.note_end(&piece.process, outcome);
         for span in &piece.spans {
             for address in span.addresses() {
                 self.tally.page(piece.process.pid, span.kind, address, span.page_bytes, outcome);
@@ -125,7 +136,7 @@ impl<'j> Mover<'j> {
     }
 
     /// Decides what is to be done with each page, by the node it is on.
-    fn pick(&mut self, piece: &Piece) {
+    pub(super) fn pick(&mut self, piece: &Piece) {
         let (pid, mut index) = (piece.process.pid, 0);
         for span in &piece.spans {
             let (kind, page_bytes) = (span.kind, span.page_bytes);
@@ -138,7 +149,6 @@ impl<'j> Mover<'j> {
                         Decision::There if piece.tries > 0 => Outcome::Moved,
                         Decision::There => Outcome::AlreadyThere,
                         Decision::NotAsked => Outcome::NotAsked,
-                        Decision::To(_) if self.job.dry_run => Outcome::WouldMove,
                         Decision::To(to) => {
                             self.picked[to].push(Item { address, page_bytes, kind });
                             continue;
@@ -146,19 +156,28 @@ impl<'j> Mover<'j> {
                     },
                     Err(_) => outcome_of(Errno(told.saturating_neg()), page_bytes, kind),
                 };
+                self.lost |= matches!(outcome, Outcome::Gone | Outcome::Unmapped);
                 self.tally.page(pid, kind, address, page_bytes, outcome);
             }
         }
     }
 
-    fn settle(&mut self, process: &Process, items: &[Item], outcome: Outcome) {
+    /// Notes that a process has ended, if that is what became of its pages.
+    fn note_end(&mut self, process: &Process, outcome: Outcome) {
+        if outcome == Outcome::Exited {
+            self.tally.notes.all(process.note_of_end());
+        }
+    }
+
+    pub(super) fn settle(&mut self, process: &Process, items: &[Item], outcome: Outcome) {
+        self.note_end(process, outcome);
         for item in items {
             self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
         }
     }
 
     /// Moves pages to the node of this index, or to later ones where that is full.
-    fn send(&mut self, process: &Process, index: usize, items: &[Item], tries: u32) {
+    fn send(&mut self, process: &Process, index: usize, items: &mut [Item], tries: u32) {
         let mut rest = items;
         while let Some(first) = rest.first() {
             if self.job.control.is_cancelled() {
@@ -170,23 +189,48 @@ impl<'j> Mover<'j> {
             let page_bytes = first.page_bytes;
             let chunk = if page_bytes > page_size() { &self.huge } else { &self.base };
             let most = self.job.most_at_once(page_bytes).min(chunk.pages());
-            let alike = rest.iter().take(most).take_while(|i| i.page_bytes == page_bytes).count();
+            // Hugetlb pages come from a pool of their own.
+            let pooled = first.kind == Kind::Hugetlb;
+            let is_alike =
+                |i: &&Item| i.page_bytes == page_bytes && (i.kind == Kind::Hugetlb) == pooled;
+            let alike = rest.iter().take(most).take_while(is_alike).count();
             let want = (alike * page_bytes) as u64;
-            let Some((to, granted)) = self.room(index, want, page_bytes as u64) else {
+            let set_aside = if pooled { self.set_aside(index, page_bytes) } else { None };
+            let given = match set_aside {
+                Some((to, bytes)) => Some((to, bytes.min(want))),
+                None => self.room(index, want, page_bytes as u64),
+            };
+            let Some((to, granted)) = given else {
                 let node = self.job.placement.nodes[index];
                 self.tally.notes.add(Note::NodeFull { node });
-                let (here, more) = rest.split_at(alike);
+                let (here, more) = rest.split_at_mut(alike);
                 self.settle(process, here, Outcome::NoFrame(Shortage::Reserve));
                 rest = more;
                 continue;
             };
             let count = usize::try_from(granted / page_bytes as u64).unwrap_or(alike).min(alike);
             self.job.pace((count * page_bytes) as u64);
+            if self.folios > 0 && page_bytes == page_size() {
+                folios_apart(&mut rest[..count]);
+            }
             let (done, moved) = self.call(process, to, &rest[..count], tries);
-            self.job.room.settle(to, granted, moved);
+            if set_aside.is_none() {
+                self.job.room.settle(to, granted, moved);
+            }
             self.job.control.moved.fetch_add(moved, Ordering::Relaxed);
-            rest = &rest[done..];
+            rest = &mut rest[done..];
         }
+    }
+
+    /// Hugetlb pages that are set aside and free: on which node, and how many bytes. Taking them
+    /// takes no free memory from the node.
+    fn set_aside(&self, index: usize, page_bytes: usize) -> Option<(usize, u64)> {
+        let last = if self.job.placement.spills { self.picked.len() } else { index + 1 };
+        (index..last).find_map(|to| {
+            let node = self.job.placement.nodes[to].get();
+            let free = self.job.kernel.hugetlb_free(node, page_bytes).unwrap_or(0);
+            (free >= page_bytes as u64).then_some((to, free))
+        })
     }
 
     /// Free memory for at least one page: on which node, and how much.
@@ -271,6 +315,7 @@ impl<'j> Mover<'j> {
                 self.tally.notes.add(Note::SharedLeft { bytes: item.page_bytes as u64 });
             }
             let outcome = outcome_of(errno, item.page_bytes, item.kind);
+            self.lost |= matches!(outcome, Outcome::Gone | Outcome::Unmapped);
             self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
         }
         let page_bytes = items.first().map_or(0, |i| i.page_bytes);
@@ -295,6 +340,7 @@ impl<'j> Mover<'j> {
         };
         let status = &self.status[..done];
         self.unclear.clear();
+        self.folios = self.folios.saturating_sub(1);
         self.unclear.extend((0..done).filter(|&i| status[i] == UNTOLD || status[i] == busy));
         if self.unclear.is_empty() {
             return done;
@@ -314,6 +360,9 @@ impl<'j> Mover<'j> {
             for (&index, &node) in self.unclear.iter().zip(&self.nodes) {
                 let gone = node == -libc::ENOENT || node == -libc::EFAULT;
                 if node == to || gone {
+                    if self.status[index] == busy && node == to {
+                        self.folios = FOLIOS_EXPECTED;
+                    }
                     self.status[index] = node;
                 }
             }
@@ -351,8 +400,13 @@ impl<'j> Mover<'j> {
     }
 }
 
-/// How long a page that failed is left alone: 30 ms, then 90, then 270. Longer than the kernel's
-/// own ten tries (`NR_MAX_MIGRATE_PAGES_RETRY`), and than most I/O.
-fn spacing(tries: u32) -> Duration {
-    Duration::from_millis(30) * 3u32.pow(tries.min(5))
+/// Orders base pages so that those of one folio are far apart, whatever its size: a folio's pages
+/// are a block that is aligned to its size, so the one whose number has the most factors of two is
+/// alone in that among the folio's, and comes before all others, of its own and of all folios of
+/// this size. By the time that a second page of a folio comes, all are queued.
+fn folios_apart(items: &mut [Item]) {
+    items.sort_unstable_by_key(|item| {
+        let number = item.address / page_size();
+        (Reverse(number.trailing_zeros()), number)
+    });
 }

@@ -1,13 +1,19 @@
-//! What is worth knowing about processes that live while they are looked at. Bounded in number;
-//! what is left out is counted.
+//! What is worth knowing about processes that live while they are looked at.
+//!
+//! What always holds: notes are bounded in number, however many processes a cgroup has. Of what is
+//! said of many the first few are named and the others counted, by kind; kernel threads and zombies,
+//! of which nobody wants the numbers, are only counted. What is left out beyond that is counted too.
 
 use pageferry_sys::Errno;
 use pageferry_topology::NodeId;
 use serde::Serialize;
 use std::fmt;
+use std::mem::discriminant;
 
 /// Notes kept.
 const NOTES: usize = 64;
+/// Of one kind that name a process each; further ones are counted, for some kinds.
+const NAMED: usize = 8;
 
 /// Something that is worth knowing and no error: processes live while they are looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -31,15 +37,35 @@ pub enum Note {
         /// Bytes that were there and then not.
         bytes: u64,
     },
-    /// It had ended before it was looked at (a zombie).
-    Zombie {
-        /// Its pid.
-        pid: u32,
+    /// Processes that were found had ended before they were looked at (zombies).
+    Zombies {
+        /// How many.
+        processes: u64,
     },
-    /// A kernel thread, which has no memory of its own.
-    KernelThread {
-        /// Its pid.
-        pid: u32,
+    /// Kernel threads were found, which have no memory of their own.
+    KernelThreads {
+        /// How many.
+        processes: u64,
+    },
+    /// More processes ended meanwhile than are named.
+    MoreExited {
+        /// How many more.
+        processes: u64,
+    },
+    /// More joined than are named.
+    MoreJoined {
+        /// How many more.
+        processes: u64,
+    },
+    /// The caller may not look into more processes than are named.
+    MoreDenied {
+        /// How many more.
+        processes: u64,
+    },
+    /// More processes than are named gave memory back while that was looked at.
+    MoreChanging {
+        /// Bytes that were there and then not.
+        bytes: u64,
     },
     /// The caller may not look into it.
     Denied {
@@ -94,6 +120,13 @@ pub enum Note {
         /// The node.
         node: NodeId,
     },
+    /// Whether pages of a process were used could not be found out; they stayed.
+    AgeUnknown {
+        /// Its pid.
+        pid: u32,
+        /// The errno.
+        errno: i32,
+    },
     /// More pages than are remembered failed at once; these were not tried again.
     NotRetried {
         /// Bytes.
@@ -121,9 +154,19 @@ impl fmt::Display for Note {
             Self::Changing { pid, bytes } => {
                 write!(f, "process {pid} gave back {bytes} bytes while they were looked at")
             }
-            Self::Zombie { pid } => write!(f, "process {pid} has ended (a zombie): no memory"),
-            Self::KernelThread { pid } => {
-                write!(f, "process {pid} is a kernel thread: no memory of its own")
+            Self::Zombies { processes } => {
+                write!(f, "{processes} had ended before (zombies): no memory")
+            }
+            Self::KernelThreads { processes } => {
+                write!(f, "{processes} kernel threads, which have no memory of their own")
+            }
+            Self::MoreExited { processes } => write!(f, "{processes} more ended meanwhile"),
+            Self::MoreJoined { processes } => write!(f, "{processes} more joined meanwhile"),
+            Self::MoreDenied { processes } => {
+                write!(f, "{processes} more are not ours to look into: run as root")
+            }
+            Self::MoreChanging { bytes } => {
+                write!(f, "others gave back {bytes} bytes while they were looked at")
             }
             Self::Denied { pid, uid } => write!(
                 f,
@@ -153,6 +196,11 @@ impl fmt::Display for Note {
                 "node {node} was down to its reserve: free memory there, lower the reserve, or \
                  name another node"
             ),
+            Self::AgeUnknown { pid, errno } => write!(
+                f,
+                "whether pages of process {pid} were used could not be found out, so they stayed: {}",
+                Errno(*errno)
+            ),
             Self::NotRetried { bytes } => {
                 write!(f, "{bytes} bytes were not tried again: too many pages failed at once")
             }
@@ -171,6 +219,39 @@ impl fmt::Display for Note {
     }
 }
 
+impl Note {
+    /// What it comes to when it is counted, not named.
+    fn counted(&self) -> Option<Self> {
+        Some(match self {
+            Self::Exited { .. } => Self::MoreExited { processes: 1 },
+            Self::Joined { .. } => Self::MoreJoined { processes: 1 },
+            Self::Denied { .. } => Self::MoreDenied { processes: 1 },
+            Self::Changing { bytes, .. } => Self::MoreChanging { bytes: *bytes },
+            _ => return None,
+        })
+    }
+
+    /// Adds a note of the same thing, if that can be added up.
+    fn take(&mut self, other: &Self) -> bool {
+        let (sum, more) = match (self, other) {
+            (Self::Changing { pid, bytes }, Self::Changing { pid: p, bytes: b }) if pid == p => {
+                (bytes, b)
+            }
+            (Self::SharedLeft { bytes }, Self::SharedLeft { bytes: b })
+            | (Self::NotRetried { bytes }, Self::NotRetried { bytes: b })
+            | (Self::MoreChanging { bytes }, Self::MoreChanging { bytes: b }) => (bytes, b),
+            (Self::Zombies { processes }, Self::Zombies { processes: p })
+            | (Self::KernelThreads { processes }, Self::KernelThreads { processes: p })
+            | (Self::MoreExited { processes }, Self::MoreExited { processes: p })
+            | (Self::MoreJoined { processes }, Self::MoreJoined { processes: p })
+            | (Self::MoreDenied { processes }, Self::MoreDenied { processes: p }) => (processes, p),
+            (old, new) => return old == new,
+        };
+        *sum += more;
+        true
+    }
+}
+
 /// Notes, bounded in number; of one kind about one process there is one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -183,25 +264,61 @@ pub struct Notes {
 
 impl Notes {
     pub(super) fn add(&mut self, note: Note) {
-        let known = self.list.iter_mut().find_map(|old| match (old, &note) {
-            (Note::Changing { pid, bytes }, Note::Changing { pid: p, bytes: b }) if pid == p => {
-                Some((bytes, *b))
-            }
-            (Note::SharedLeft { bytes }, Note::SharedLeft { bytes: b })
-            | (Note::NotRetried { bytes }, Note::NotRetried { bytes: b }) => Some((bytes, *b)),
-            _ => None,
-        });
-        if let Some((bytes, more)) = known {
-            *bytes += more;
-        } else if self.list.len() >= NOTES {
-            self.left_out += u64::from(!self.list.contains(&note));
-        } else if !self.list.contains(&note) {
-            self.list.push(note);
+        if self.list.iter_mut().any(|old| old.take(&note)) {
+            return;
+        }
+        let kind = discriminant(&note);
+        let alike = self.list.iter().filter(|old| discriminant(*old) == kind).count();
+        match note.counted() {
+            Some(more) if alike >= NAMED => self.add(more),
+            _ if self.list.len() >= NOTES => self.left_out += 1,
+            _ => self.list.push(note),
         }
     }
 
-    pub(super) fn extend(&mut self, other: Self) {
-        other.list.into_iter().for_each(|note| self.add(note));
+    pub(super) fn all(&mut self, notes: impl IntoIterator<Item = Note>) {
+        notes.into_iter().for_each(|note| self.add(note));
+    }
+
+    /// Adds those of another move or look.
+    pub fn extend(&mut self, other: Self) {
+        self.all(other.list);
         self.left_out += other.left_out;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_processes_the_first_are_named_and_the_others_counted() {
+        let (mut here, mut there) = (Notes::default(), Notes::default());
+        for pid in 1..=100 {
+            here.add(Note::KernelThreads { processes: 1 });
+            here.add(Note::Exited { pid });
+            there.add(Note::Exited { pid: 100 + pid });
+            there.add(Note::Changing { pid, bytes: 10 });
+            there.add(Note::Changing { pid: 1, bytes: 10 });
+        }
+        here.extend(there);
+        assert_eq!((here.list.len(), here.left_out), (1 + 8 + 1 + 8 + 1, 0));
+        let has = |note: &Note| here.list.contains(note);
+        assert!(has(&Note::KernelThreads { processes: 100 }), "{here:?}");
+        assert!(has(&Note::Exited { pid: 8 }) && has(&Note::MoreExited { processes: 192 }));
+        assert!(has(&Note::Changing { pid: 1, bytes: 1010 }), "{here:?}");
+        assert!(has(&Note::MoreChanging { bytes: 920 }), "{here:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_counted_by_kind_is_left_out_and_counted() {
+        let mut notes = Notes::default();
+        for pid in 0..100 {
+            notes.add(Note::Executed { pid });
+            notes.add(Note::Executed { pid });
+        }
+        assert_eq!(notes.list.len(), NOTES);
+        // Of what is left out nobody knows whether it was the same.
+        assert_eq!(notes.left_out, 2 * (100 - NOTES as u64));
     }
 }

@@ -57,6 +57,8 @@ pub struct ProcessReport {
     pub processes: u64,
     /// From the start of the move to its end.
     pub elapsed: Duration,
+    /// Of this, for marking pages and waiting for their minimum age.
+    pub waited: Duration,
     /// `move_pages(2)` calls that moved pages, by how long each took: what the program may have
     /// waited for at most.
     pub calls: Holes,
@@ -100,9 +102,9 @@ impl ProcessReport {
         !self.cancelled && self.lines.iter().all(|l| l.outcome.is_settled())
     }
 
-    /// Bytes moved per second.
+    /// Bytes moved per second, from when it began to move.
     pub fn rate(&self) -> f64 {
-        let seconds = self.elapsed.as_secs_f64();
+        let seconds = self.elapsed.saturating_sub(self.waited).as_secs_f64();
         if seconds > 0.0 { self.bytes_moved() as f64 / seconds } else { 0.0 }
     }
 
@@ -202,10 +204,11 @@ impl Tally {
         );
         match outcome {
             Outcome::Gone | Outcome::Unmapped => self.notes.add(Note::Changing { pid, bytes }),
-            Outcome::Exited => self.notes.add(Note::Exited { pid }),
-            Outcome::Moved | Outcome::AlreadyThere | Outcome::NotAsked | Outcome::WouldMove => {
-                return;
-            }
+            Outcome::Moved
+            | Outcome::AlreadyThere
+            | Outcome::NotAsked
+            | Outcome::Young
+            | Outcome::WouldMove => return,
             _ => {}
         }
         add_example(

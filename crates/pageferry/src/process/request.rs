@@ -1,5 +1,6 @@
 //! A move of processes' pages: its options, its checks before a page is touched, its handle.
 
+use super::age::Age;
 use super::control::Control;
 use super::error::{OptionError, ProcessError};
 use super::job::{Job, Watcher};
@@ -8,8 +9,8 @@ use super::pace::Rate;
 use super::place::{Destination, Placement};
 use super::report::ProcessReport;
 use super::room::Room;
-use super::select::Filter;
-use super::targets::{Target, Targets};
+use super::select::Selection;
+use super::targets::Targets;
 use super::walk::Walk;
 use super::work::Work;
 use super::{Priority, ProcessProgress, Reserve};
@@ -21,7 +22,6 @@ use pageferry_sys::procfs::Status;
 use pageferry_topology::{Machine, NodeId, NodeList};
 use parking_lot::Mutex;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -37,10 +37,11 @@ const DEFAULT_WORKERS: usize = 8;
 /// A move of the pages of processes by the kernel (`move_pages(2)`).
 ///
 /// ```no_run
-/// use pageferry::process::{Destination, ProcessMove};
+/// use pageferry::process::{Destination, ProcessMove, Selection};
 /// use pageferry::topology::NodeId;
 ///
-/// let report = ProcessMove::new(Destination::node(NodeId::new(1))).pid(4711).run()?;
+/// let program = Selection::new().pid(4711);
+/// let report = ProcessMove::new(program, Destination::node(NodeId::new(1))).run()?;
 /// for (outcome, bytes) in report.by_outcome() {
 ///     println!("{outcome}: {bytes} bytes");
 /// }
@@ -51,11 +52,10 @@ const DEFAULT_WORKERS: usize = 8;
 pub struct ProcessMove {
     kernel: Arc<dyn ProcessKernel>,
     machine: Option<Machine>,
-    targets: Vec<Target>,
-    children: bool,
-    filter: Filter,
+    selection: Selection,
     from: Option<NodeList>,
     to: Destination,
+    min_age: Option<Duration>,
     latency: Duration,
     retries: u32,
     rate: Option<u64>,
@@ -68,16 +68,15 @@ pub struct ProcessMove {
 }
 
 impl ProcessMove {
-    /// A move to these nodes; of whom is still to be said.
-    pub fn new(to: Destination) -> Self {
+    /// A move of this memory to these nodes.
+    pub fn new(selection: Selection, to: Destination) -> Self {
         Self {
             kernel: Arc::new(LinuxProcesses::default()),
             machine: None,
-            targets: Vec::new(),
-            children: false,
-            filter: Filter::new(),
+            selection,
             from: None,
             to,
+            min_age: None,
             latency: DEFAULT_CALL_LATENCY,
             retries: DEFAULT_RETRIES,
             rate: None,
@@ -90,37 +89,23 @@ impl ProcessMove {
         }
     }
 
-    /// Pages of this process too.
-    pub fn pid(self, pid: u32) -> Self {
-        self.target(Target::Pid(pid))
-    }
-
-    /// Pages of this cgroup's processes too, those of the groups below it included.
-    pub fn cgroup(self, path: impl Into<PathBuf>) -> Self {
-        self.target(Target::Cgroup(path.into()))
-    }
-
-    /// Pages of this target too.
-    pub fn target(mut self, target: Target) -> Self {
-        self.targets.push(target);
-        self
-    }
-
-    /// Their children, and theirs, too.
-    pub fn children(mut self, yes: bool) -> Self {
-        self.children = yes;
-        self
-    }
-
-    /// Only pages of these mappings.
-    pub fn filter(mut self, filter: Filter) -> Self {
-        self.filter = filter;
-        self
-    }
-
     /// Only pages that are on these nodes.
     pub fn from(mut self, nodes: NodeList) -> Self {
         self.from = Some(nodes);
+        self
+    }
+
+    /// Only pages that were not used for so long (1 ms to 24 h), as the kernel's idle page tracking
+    /// tells it. The move begins by marking pages, and waits for that long; pages that were used
+    /// meanwhile stay, and are [`Young`](crate::Outcome::Young). So are those that have no idle
+    /// information: hugetlb pages, what was faulted in meanwhile. Of a folio of several pages all
+    /// are as young as the youngest.
+    ///
+    /// Needs `CONFIG_IDLE_PAGE_TRACKING` and root. What the kernel does not notice is not seen:
+    /// uses that another program hides by marking pages idle at the same time, and those of pages
+    /// whose translations stay in a CPU's TLB. Default: of any age.
+    pub fn min_age(mut self, age: Duration) -> Self {
+        self.min_age = Some(age);
         self
     }
 
@@ -234,8 +219,7 @@ impl ProcessMove {
         }
         let placement = Placement::new(&self.to, self.from.as_ref())?;
         let mut notes = Notes::default();
-        let (targets, statuses) =
-            Targets::check(&*self.kernel, &self.targets, self.children, &mut notes)?;
+        let (targets, statuses) = Targets::check(&*self.kernel, &self.selection, &mut notes)?;
         for status in &statuses {
             may_go(status, &placement.nodes)?;
         }
@@ -244,7 +228,16 @@ impl ProcessMove {
         }
         let control = Arc::new(Control::new(self.cancel));
         let kernel = self.kernel;
-        let walk = Walk::new(Arc::clone(&kernel), targets, self.filter, false);
+        let age = match self.min_age {
+            None => None,
+            Some(least) => {
+                let pages = kernel.idle_pages().map_err(no_idle_pages)?;
+                let (targets, filter) = (targets.clone(), self.selection.filter.clone());
+                let walk = Walk::new(Arc::clone(&kernel), targets, filter, false);
+                Some(Age { pages, least, walk: Mutex::new(Some(walk)) })
+            }
+        };
+        let walk = Walk::new(Arc::clone(&kernel), targets, self.selection.filter, false);
         let most = allowed_cpus().len().clamp(1, DEFAULT_WORKERS);
         let job = Job {
             room: Room::new(Arc::clone(&kernel), &placement.nodes, self.reserve),
@@ -255,6 +248,7 @@ impl ProcessMove {
             latency: self.latency,
             retries: self.retries,
             dry_run: self.dry_run,
+            age,
             moves_shared: AtomicBool::new(kernel.may_move_shared()),
             rate: self.rate.map(|r| (r, Mutex::new(Rate::new(r, kernel.now())))),
             workers: self.workers.unwrap_or(most),
@@ -272,6 +266,10 @@ impl ProcessMove {
         if !latencies.contains(&self.latency) {
             return Err(bad("call_latency", format!("{:?}", self.latency), "100 us to 10 s"));
         }
+        let ages = Duration::from_millis(1)..=Duration::from_secs(24 * 60 * 60);
+        if let Some(age) = self.min_age.filter(|age| !ages.contains(age)) {
+            return Err(bad("min_age", format!("{age:?}"), "1 ms to 24 h"));
+        }
         if self.retries > 10 {
             return Err(bad("retries", self.retries.to_string(), "0 to 10"));
         }
@@ -288,6 +286,16 @@ impl ProcessMove {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Why there is no idle information.
+fn no_idle_pages(errno: Errno) -> ProcessError {
+    match errno.0 {
+        libc::ENOENT | libc::ENOTDIR | libc::ENXIO | libc::ENODEV | libc::ENOSYS => {
+            ProcessError::NoIdlePages(errno)
+        }
+        _ => ProcessError::IdlePagesDenied(errno),
     }
 }
 

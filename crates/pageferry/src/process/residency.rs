@@ -3,8 +3,8 @@
 use super::error::TargetError;
 use super::notes::{Note, Notes};
 use super::piece::{Piece, Span};
-use super::select::{Filter, Kind};
-use super::targets::{Target, Targets};
+use super::select::{Kind, Selection};
+use super::targets::Targets;
 use super::walk::Walk;
 use pageferry_sys::Errno;
 use pageferry_sys::process::{LinuxProcesses, ProcessKernel, UNTOLD};
@@ -13,7 +13,6 @@ use pageferry_topology::NodeId;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -94,58 +93,20 @@ impl ProcessResidency {
 #[must_use]
 pub struct Where {
     kernel: Arc<dyn ProcessKernel>,
-    targets: Vec<Target>,
-    children: bool,
-    filter: Filter,
+    selection: Selection,
     top: usize,
     cancel: Arc<AtomicBool>,
 }
 
-impl Default for Where {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Where {
-    /// Of whom is still to be said.
-    pub fn new() -> Self {
+    /// A look at this memory.
+    pub fn new(selection: Selection) -> Self {
         Self {
             kernel: Arc::new(LinuxProcesses::default()),
-            targets: Vec::new(),
-            children: false,
-            filter: Filter::new(),
+            selection,
             top: 10,
             cancel: Arc::new(AtomicBool::new(false)),
         }
-    }
-
-    /// This process too.
-    pub fn pid(self, pid: u32) -> Self {
-        self.target(Target::Pid(pid))
-    }
-
-    /// This cgroup's processes too, those of the groups below it included.
-    pub fn cgroup(self, path: impl Into<PathBuf>) -> Self {
-        self.target(Target::Cgroup(path.into()))
-    }
-
-    /// This target too.
-    pub fn target(mut self, target: Target) -> Self {
-        self.targets.push(target);
-        self
-    }
-
-    /// Their children, and theirs, too.
-    pub fn children(mut self, yes: bool) -> Self {
-        self.children = yes;
-        self
-    }
-
-    /// Only these mappings.
-    pub fn filter(mut self, filter: Filter) -> Self {
-        self.filter = filter;
-        self
     }
 
     /// So many of the largest mappings are told (default 10).
@@ -173,8 +134,8 @@ impl Where {
     pub fn look(self) -> Result<ProcessResidency, TargetError> {
         let began = Instant::now();
         let mut notes = Notes::default();
-        let (targets, _) = Targets::check(&*self.kernel, &self.targets, self.children, &mut notes)?;
-        let mut walk = Walk::new(Arc::clone(&self.kernel), targets, self.filter, true);
+        let (targets, _) = Targets::check(&*self.kernel, &self.selection, &mut notes)?;
+        let mut walk = Walk::new(Arc::clone(&self.kernel), targets, self.selection.filter, true);
         let mut look = Look { top: Top::new(self.top), ..Look::default() };
         while walk.find() {
             while let Some(piece) = walk.next_piece() {
@@ -183,11 +144,12 @@ impl Where {
                     break;
                 }
                 if let Err(errno) = look.piece(&piece) {
-                    let pid = piece.process.pid;
-                    notes.add(match piece.process.ended_by(errno) {
-                        true => Note::Exited { pid },
-                        false => Note::Unreadable { pid, errno: errno.0 },
-                    });
+                    if piece.process.ended_by(errno) {
+                        notes.all(piece.process.note_of_end());
+                    } else {
+                        let pid = piece.process.pid;
+                        notes.add(Note::Unreadable { pid, errno: errno.0 });
+                    }
                 }
             }
             if self.cancel.load(Ordering::Relaxed) {

@@ -1,11 +1,14 @@
-//! Which mappings are asked for: by kind of memory, by name, by address.
+//! What is asked for: whose memory, and which of their mappings, by kind of memory, by name, by
+//! address.
 
+use super::targets::Target;
 use pageferry_sys::page_size;
 use pageferry_sys::process::{Backing, Backings};
 use pageferry_sys::procfs::{Status, Vma};
 use serde::Serialize;
 use std::fmt;
 use std::ops::Range;
+use std::path::PathBuf;
 
 /// What a mapping is of. A private copy of a file's page counts with its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -70,6 +73,53 @@ impl Kind {
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
+    }
+}
+
+/// Whose memory is asked for, and which of it.
+///
+/// Of whom has to be said: of nobody is an error
+/// ([`TargetError::Empty`](super::TargetError::Empty)) once it is used.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Selection {
+    pub(super) targets: Vec<Target>,
+    pub(super) children: bool,
+    pub(super) filter: Filter,
+}
+
+impl Selection {
+    /// Nobody's memory so far.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// That of this process too.
+    pub fn pid(self, pid: u32) -> Self {
+        self.target(Target::Pid(pid))
+    }
+
+    /// That of this cgroup's processes too, those of the groups below it included.
+    pub fn cgroup(self, path: impl Into<PathBuf>) -> Self {
+        self.target(Target::Cgroup(path.into()))
+    }
+
+    /// That of this target too.
+    pub fn target(mut self, target: Target) -> Self {
+        self.targets.push(target);
+        self
+    }
+
+    /// That of their children, and theirs, too, or not (the default).
+    pub fn children(mut self, yes: bool) -> Self {
+        self.children = yes;
+        self
+    }
+
+    /// Of all of them only these mappings. Default: all.
+    pub fn filter(mut self, filter: Filter) -> Self {
+        self.filter = filter;
+        self
     }
 }
 

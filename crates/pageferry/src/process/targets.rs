@@ -3,13 +3,17 @@
 
 use super::error::TargetError;
 use super::notes::{Note, Notes};
+use super::select::Selection;
 use pageferry_sys::Errno;
 use pageferry_sys::process::{ProcessKernel, ProcessView};
 use pageferry_sys::procfs::Status;
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+/// A process that executes one program after the other is followed so many times.
+const EXECS: u32 = 3;
 
 /// Whose memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +24,9 @@ pub enum Target {
     /// All processes of a cgroup and the groups below it, those that join meanwhile too: a folder
     /// with `cgroup.procs`, or a path below `/sys/fs/cgroup` or `/sys/fs/cgroup/memory`.
     Cgroup(PathBuf),
+    /// A process that was found, in a list of one's own, not named by anybody: what keeps it from
+    /// being looked at is a [`Note`], not an error.
+    Found(u32),
 }
 
 /// A process that is looked at.
@@ -28,6 +35,10 @@ pub(super) struct Process {
     pub(super) pid: u32,
     pub(super) view: Arc<dyn ProcessView>,
     gone: AtomicBool,
+    noted: AtomicBool,
+    /// The program that was last begun with, and how many it has executed since the first.
+    image: AtomicU64,
+    execs: AtomicU32,
 }
 
 impl Process {
@@ -55,7 +66,14 @@ impl Process {
             }
             Err(source) => return Err(failed(source)),
         }
-        let process = Self { pid: status.tgid, view, gone: AtomicBool::new(false) };
+        let process = Self {
+            pid: status.tgid,
+            view,
+            gone: AtomicBool::default(),
+            noted: AtomicBool::default(),
+            image: AtomicU64::default(),
+            execs: AtomicU32::default(),
+        };
         Ok((Arc::new(process), status))
     }
 
@@ -68,10 +86,35 @@ impl Process {
     /// Whether a call's errno, or a look, tells that it has ended. Memory goes first: for a
     /// moment calls say `ESRCH` of a process that still counts as alive.
     pub(super) fn ended_by(&self, errno: Errno) -> bool {
-        if errno == Errno(libc::ESRCH) {
+        // What belongs to memory that it left by exec says so too.
+        if errno == Errno(libc::ESRCH) && self.view.image() == 0 {
             self.gone.store(true, Ordering::Relaxed);
         }
         self.has_ended()
+    }
+
+    /// From now on it is looked at as the program that it is now.
+    pub(super) fn begin(&self) {
+        // Relaxed, as below: read and written under the lock of the walk, or as a hint.
+        self.image.store(self.view.image(), Ordering::Relaxed);
+    }
+
+    /// Whether it is another program than the one that it was begun with.
+    pub(super) fn is_another(&self) -> bool {
+        !self.is_gone() && self.view.image() != self.image.load(Ordering::Relaxed)
+    }
+
+    /// Whether it has executed another program and is to be looked at once more: a process that
+    /// executes one after the other is followed [`EXECS`] times.
+    pub(super) fn has_executed(&self) -> bool {
+        !self.has_ended() && self.is_another() && self.execs.fetch_add(1, Ordering::Relaxed) < EXECS
+    }
+
+    /// That it has ended, for the first who asks: many may find that out.
+    pub(super) fn note_of_end(&self) -> Option<Note> {
+        // Relaxed: nothing else is published with it.
+        let first = !self.noted.swap(true, Ordering::Relaxed);
+        first.then_some(Note::Exited { pid: self.pid })
     }
 
     /// Looks whether it has ended.
@@ -86,8 +129,8 @@ impl Process {
 /// The refusal of a process that was not named itself.
 pub(super) fn note_of(error: &TargetError) -> Option<Note> {
     match error {
-        TargetError::Zombie(pid) => Some(Note::Zombie { pid: *pid }),
-        TargetError::KernelThread(pid) => Some(Note::KernelThread { pid: *pid }),
+        TargetError::Zombie(_) => Some(Note::Zombies { processes: 1 }),
+        TargetError::KernelThread(_) => Some(Note::KernelThreads { processes: 1 }),
         TargetError::Denied { pid, uid, .. } => Some(Note::Denied { pid: *pid, uid: *uid }),
         TargetError::Open { pid, source } => Some(Note::Unreadable { pid: *pid, errno: source.0 }),
         // It came and went.
@@ -96,11 +139,12 @@ pub(super) fn note_of(error: &TargetError) -> Option<Note> {
 }
 
 /// Everything that was named, checked.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Targets {
     /// Those named by pid, held open from the check on: their numbers cannot come to mean others.
     named: Vec<(Arc<Process>, Status)>,
     pids: BTreeSet<u32>,
+    listed: BTreeSet<u32>,
     groups: Vec<PathBuf>,
     children: bool,
     /// Those found otherwise so far, and when they began.
@@ -113,24 +157,25 @@ pub(super) struct Targets {
 pub(super) enum Found {
     /// Named by its pid, and held open.
     Named(Arc<Process>, Status),
-    /// Found in a cgroup or among children.
+    /// Found in a cgroup, a list, or among children.
     Listed(u32, Status),
+    /// Looked at before, and another program since.
+    Again(Arc<Process>),
 }
 
 impl Targets {
     /// Checks what was named. The statuses are those of the processes named by pid.
     pub(super) fn check(
         kernel: &dyn ProcessKernel,
-        named: &[Target],
-        children: bool,
+        selection: &Selection,
         notes: &mut Notes,
     ) -> Result<(Self, Vec<Status>), TargetError> {
-        if named.is_empty() {
+        if selection.targets.is_empty() {
             return Err(TargetError::Empty);
         }
         let (mut pids, mut groups) = (BTreeSet::new(), Vec::new());
-        let (mut named_ones, mut statuses) = (Vec::new(), Vec::new());
-        for target in named {
+        let (mut named, mut statuses, mut listed) = (Vec::new(), Vec::new(), BTreeSet::new());
+        for target in &selection.targets {
             match target {
                 Target::Pid(given) => {
                     let (process, status) = Process::open(kernel, *given)?;
@@ -142,8 +187,11 @@ impl Targets {
                     }
                     if pids.insert(process.pid) {
                         statuses.push(status.clone());
-                        named_ones.push((process, status));
+                        named.push((process, status));
                     }
+                }
+                Target::Found(pid) => {
+                    listed.insert(*pid);
                 }
                 Target::Cgroup(path) => {
                     let group = kernel.find_group(path);
@@ -155,9 +203,8 @@ impl Targets {
                 }
             }
         }
-        let known = HashMap::new();
-        let named = named_ones;
-        Ok((Self { named, pids, groups, children, known, first: true }, statuses))
+        let (known, children) = (HashMap::new(), selection.children);
+        Ok((Self { named, pids, listed, groups, children, known, first: true }, statuses))
     }
 
     /// Whether the kernel knows no nodes at all; it is asked about no page.
@@ -168,7 +215,7 @@ impl Targets {
 
     /// Processes that were not found before.
     pub(super) fn find(&mut self, kernel: &dyn ProcessKernel, notes: &mut Notes) -> Vec<Found> {
-        let mut pids = self.pids.clone();
+        let mut pids: BTreeSet<u32> = self.pids.union(&self.listed).copied().collect();
         self.groups.retain(|group| match kernel.members(group) {
             Ok(members) => {
                 pids.extend(members);

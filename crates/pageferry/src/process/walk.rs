@@ -25,8 +25,6 @@ use std::sync::Arc;
 const WINDOW: usize = 64 << 20;
 /// Runs of one scan.
 const RUNS: usize = 512;
-/// A process that executes one program after the other is followed so many times.
-const EXECS: u32 = 3;
 /// How the pools of an engine are named.
 const POOL: &str = "[anon:pageferry pool]";
 /// Looks for new processes.
@@ -38,8 +36,6 @@ struct Current {
     process: Arc<Process>,
     maps: Box<dyn ReadMaps>,
     backings: Backings,
-    image: u64,
-    execs: u32,
     vma: Vma,
     kind: Kind,
     page_bytes: usize,
@@ -109,8 +105,9 @@ impl Walk {
         }
         self.resident += new
             .iter()
-            .map(|(Found::Named(_, status) | Found::Listed(_, status))| {
-                self.filter.resident(status)
+            .map(|found| match found {
+                Found::Named(_, status) | Found::Listed(_, status) => self.filter.resident(status),
+                Found::Again(_) => 0,
             })
             .sum::<u64>();
         self.queue.extend(new);
@@ -165,10 +162,11 @@ impl Walk {
     /// Begins with the next process. `None`: there is none in the queue.
     fn open_next(&mut self) -> Option<()> {
         loop {
-            let process = match self.queue.pop_front()? {
-                Found::Named(process, _) => process,
+            let (process, first) = match self.queue.pop_front()? {
+                Found::Again(process) => (process, false),
+                Found::Named(process, _) => (process, true),
                 Found::Listed(pid, _) => match Process::open(&*self.kernel, pid) {
-                    Ok((process, _)) => process,
+                    Ok((process, _)) => (process, true),
                     Err(error) => {
                         if let Some(note) = note_of(&error) {
                             self.notes.add(note);
@@ -178,13 +176,13 @@ impl Walk {
                 },
             };
             let pid = process.pid;
-            match Current::begin(Arc::clone(&process), 0) {
+            match Current::begin(Arc::clone(&process)) {
                 Ok(current) => {
-                    self.processes += 1;
+                    self.processes += u64::from(first);
                     self.current = Some(current);
                     return Some(());
                 }
-                Err(errno) if process.ended_by(errno) => self.notes.add(Note::Exited { pid }),
+                Err(errno) if process.ended_by(errno) => self.notes.all(process.note_of_end()),
                 Err(errno) => self.notes.add(Note::Unreadable { pid, errno: errno.0 }),
             }
         }
@@ -224,13 +222,26 @@ impl Walk {
         let Some(current) = self.current.take() else { return };
         let pid = current.process.pid;
         if current.process.has_ended() {
-            self.notes.add(Note::Exited { pid });
-        } else if current.process.view.image() != current.image && current.execs < EXECS {
+            self.notes.all(current.process.note_of_end());
+        } else if current.process.has_executed() {
             self.notes.add(Note::Executed { pid });
-            match Current::begin(current.process, current.execs + 1) {
+            match Current::begin(current.process) {
                 Ok(current) => self.current = Some(current),
                 Err(errno) => self.notes.add(Note::Unreadable { pid, errno: errno.0 }),
             }
+        }
+    }
+
+    /// Pages of a process were not there any more. If it has executed another program, it is
+    /// looked at once more.
+    pub(super) fn look_again(&mut self, process: &Arc<Process>) {
+        // Whom the walk is in, or comes to, it looks at itself.
+        let is_it = |other: &Arc<Process>| Arc::ptr_eq(other, process);
+        let queued = |found: &Found| matches!(found, Found::Again(other) if is_it(other));
+        let current = self.current.as_ref().is_some_and(|c| is_it(&c.process));
+        if !current && !self.queue.iter().any(queued) && process.has_executed() {
+            self.notes.add(Note::Executed { pid: process.pid });
+            self.queue.push_back(Found::Again(Arc::clone(process)));
         }
     }
 
@@ -238,11 +249,11 @@ impl Walk {
     fn give_up(&mut self, errno: Errno) {
         let Some(current) = &mut self.current else { return };
         let pid = current.process.pid;
-        if !current.process.ended_by(errno) {
+        if current.process.ended_by(errno) || current.process.is_another() {
+            self.close();
+        } else {
             self.notes.add(Note::Unreadable { pid, errno: errno.0 });
             self.current = None;
-        } else {
-            self.close();
         }
     }
 
@@ -291,17 +302,15 @@ impl Walk {
 }
 
 impl Current {
-    fn begin(process: Arc<Process>, execs: u32) -> Result<Self, Errno> {
+    fn begin(process: Arc<Process>) -> Result<Self, Errno> {
         // The image first: if it changes before the maps are opened, the walk is done once more.
-        let image = process.view.image();
+        process.begin();
         let maps = process.view.maps()?;
         let backings = process.view.backings();
         Ok(Self {
             process,
             maps,
             backings,
-            image,
-            execs,
             vma: Vma::default(),
             kind: Kind::Anonymous,
             page_bytes: page_size(),
@@ -351,6 +360,11 @@ fn read_entries(
         entries.resize(pages, Entry(0));
         current.process.view.entries(at, entries)?;
         for entry in entries.iter() {
+            // What was never touched costs no more than this.
+            if entry.0 == 0 {
+                at += page;
+                continue;
+            }
             let mut is = Categories::empty();
             is.set(Categories::PRESENT, entry.present());
             is.set(Categories::SWAPPED, entry.swapped());

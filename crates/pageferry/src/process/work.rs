@@ -7,6 +7,7 @@
 
 use super::control::Control;
 use super::piece::Piece;
+use super::targets::Process;
 use super::walk::Walk;
 use pageferry_sys::process::ProcessKernel;
 use parking_lot::{Condvar, Mutex};
@@ -117,6 +118,16 @@ impl Work {
         let key = (piece.due, state.counter);
         state.later.insert(key, piece);
         Ok(())
+    }
+
+    /// Pages of a process were not there any more: if it has executed another program, that one
+    /// is looked at too.
+    pub(super) fn look_again(&self, process: &Arc<Process>) {
+        if process.is_another() {
+            let mut state = self.state.lock();
+            state.walk.look_again(process);
+            state.walked = false;
+        }
     }
 
     /// Whether nothing more will come.

@@ -5,6 +5,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::ptr::{null_mut, with_exposed_provenance_mut};
@@ -59,13 +60,40 @@ impl Child {
         child
     }
 
+    /// A child that has called `setup`, and does this with its memory again and again.
+    pub fn with_work(setup: impl FnOnce() -> Memory, body: impl Fn(Memory)) -> Self {
+        let memory = Cell::new((0, 0));
+        let keep = || {
+            memory.set(setup());
+            memory.get()
+        };
+        Self::start(keep, || body(memory.get()))
+    }
+
+    /// As [`Child::with`], with this pid. `None`: it is taken, or may not be chosen
+    /// (`CAP_CHECKPOINT_RESTORE`).
+    pub fn with_pid(pid: u32, setup: impl FnOnce() -> Memory) -> Option<Self> {
+        Self::start_as(Some(pid), setup, || {
+            // SAFETY: no preconditions.
+            unsafe { libc::pause() };
+        })
+    }
+
     fn start(setup: impl FnOnce() -> Memory, body: impl Fn()) -> Self {
+        let child = Self::start_as(None, setup, body);
+        child.unwrap_or_else(|| panic!("fork: {}", std::io::Error::last_os_error()))
+    }
+
+    fn start_as(
+        wanted: Option<u32>,
+        setup: impl FnOnce() -> Memory,
+        body: impl Fn(),
+    ) -> Option<Self> {
         let mut pipe = [0; 2];
         // SAFETY: the kernel writes two descriptors.
         assert_eq!(unsafe { libc::pipe2(pipe.as_mut_ptr(), libc::O_CLOEXEC) }, 0);
         // SAFETY: the child makes system calls and accesses memory of its own, and never returns.
-        let pid = unsafe { libc::fork() };
-        assert!(pid >= 0, "fork: {}", std::io::Error::last_os_error());
+        let pid = unsafe { fork(wanted) };
         let mut told = [0usize; 2];
         let size = size_of_val(&told);
         if pid == 0 {
@@ -87,9 +115,9 @@ impl Child {
             libc::close(pipe[0]);
             read
         };
-        let child = Self { pid: u32::try_from(pid).expect("positive"), memory: (told[0], told[1]) };
+        let child = Self { pid: u32::try_from(pid).ok()?, memory: (told[0], told[1]) };
         assert_eq!(usize::try_from(read).ok(), Some(size), "the child could not be set up");
-        child
+        Some(child)
     }
 
     /// The memory that it was set up with.
@@ -148,15 +176,35 @@ extern "C" fn asleep(_: *mut libc::c_void) -> libc::c_int {
     }
 }
 
+/// `fork(2)`, with this pid where one is wanted (`clone3(2)`, Linux 5.5). -1: errno says why not.
+///
+/// # Safety
+/// The child makes system calls and accesses memory of its own only.
+unsafe fn fork(wanted: Option<u32>) -> i32 {
+    let Some(pid) = wanted.and_then(|pid| libc::pid_t::try_from(pid).ok()) else {
+        // SAFETY: as the caller promises.
+        return unsafe { libc::fork() };
+    };
+    // SAFETY: a struct of numbers.
+    let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
+    how.exit_signal = u64::from(libc::SIGCHLD.unsigned_abs());
+    how.set_tid = (&raw const pid).addr() as u64;
+    how.set_tid_size = 1;
+    let _ = (&raw const pid).expose_provenance();
+    // SAFETY: without flags this is a fork; the kernel reads `how`, and `pid` through it.
+    let made = unsafe { libc::syscall(libc::SYS_clone3, &raw const how, size_of_val(&how)) };
+    i32::try_from(made).unwrap_or(-1)
+}
+
 /// Ends a child that cannot be set up.
-fn must(ok: bool) {
+pub fn must(ok: bool) {
     if !ok {
         // SAFETY: ends the child at once.
         unsafe { libc::_exit(1) };
     }
 }
 
-fn map(len: usize, protection: i32, flags: i32, file: i32) -> usize {
+pub fn map(len: usize, protection: i32, flags: i32, file: i32) -> usize {
     // SAFETY: a new mapping at an address of the kernel's choice.
     let at = unsafe { libc::mmap(null_mut(), len, protection, flags, file, 0) };
     must(at != libc::MAP_FAILED);
@@ -172,7 +220,7 @@ pub fn touch(memory: Memory) -> Memory {
     memory
 }
 
-const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
+pub const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 /// Private anonymous memory, all touched.
 pub fn anonymous(len: usize, huge: bool) -> Memory {
@@ -182,6 +230,13 @@ pub fn anonymous(len: usize, huge: bool) -> Memory {
     // SAFETY: advice for the mapping just made.
     unsafe { libc::madvise(with_exposed_provenance_mut(start), len, advice) };
     touch((start, len))
+}
+
+/// From now on this is only for reading.
+pub fn protect(at: usize, len: usize) {
+    // SAFETY: the caller's mapping, which it does not write to here any more.
+    let done = unsafe { libc::mprotect(with_exposed_provenance_mut(at), len, libc::PROT_READ) };
+    must(done == 0);
 }
 
 /// A mapping with these flags, all touched.

@@ -3,6 +3,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each user takes its own part")]
 
+use pageferry_sys::idle::IdlePages;
 use pageferry_sys::pagemap::{Categories, Entry, Run};
 use pageferry_sys::process::{Backings, ProcessKernel, ProcessView};
 use pageferry_sys::procfs::{ReadMaps, Status, Vma};
@@ -110,8 +111,11 @@ impl ProcessView for View {
         }
         Ok((count, end))
     }
-    fn entries(&self, _: usize, _: &mut [Entry]) -> Result<(), Errno> {
-        Err(Errno(libc::ENOSYS))
+    fn entries(&self, start: usize, out: &mut [Entry]) -> Result<(), Errno> {
+        // Frames like addresses, all present.
+        let first = (start / page_size()) as u64;
+        (first..).zip(out).for_each(|(frame, entry)| *entry = Entry(1 << 63 | frame));
+        Ok(())
     }
     fn nodes(&self, _: &[usize], status: &mut [i32]) -> Result<(), Errno> {
         status.fill(0);
@@ -126,6 +130,24 @@ impl ProcessView for View {
     ) -> Result<usize, Errno> {
         status.copy_from_slice(nodes);
         Ok(0)
+    }
+}
+
+/// Frames none of which is ever used.
+#[derive(Debug)]
+struct NeverUsed;
+
+impl IdlePages for NeverUsed {
+    fn flags(&self, _: u64, out: &mut [u64]) -> Result<(), Errno> {
+        out.fill(0);
+        Ok(())
+    }
+    fn read(&self, _: u64, out: &mut [u64]) -> Result<(), Errno> {
+        out.fill(u64::MAX);
+        Ok(())
+    }
+    fn mark(&self, _: u64, _: &[u64]) -> Result<(), Errno> {
+        Ok(())
     }
 }
 
@@ -153,6 +175,9 @@ impl ProcessKernel for Endless {
     }
     fn node_watermark(&self, _: u32) -> Result<u64, Errno> {
         Ok(0)
+    }
+    fn idle_pages(&self) -> Result<Arc<dyn IdlePages>, Errno> {
+        Ok(Arc::new(NeverUsed))
     }
     fn now(&self) -> Duration {
         self.began.elapsed()

@@ -3,7 +3,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 use pageferry::Outcome;
-use pageferry::process::{Destination, ProcessMove, ProcessReport};
+use pageferry::process::{Destination, ProcessMove, ProcessReport, Selection};
 use pageferry::topology::{Machine, NodeId};
 use pageferry_sys::page_size;
 use pageferry_sys::process::ProcessKernel;
@@ -45,18 +45,22 @@ pub fn machine(nodes: u32) -> Machine {
     Machine::read_from(root.path()).expect("a whole machine")
 }
 
-/// A move on a machine with two nodes.
+/// A move of the one process.
 pub fn to_node(kernel: &FakeKernel, to: u32) -> ProcessMove {
     to_destination(kernel, Destination::node(node(to)))
 }
 
 pub fn to_destination(kernel: &FakeKernel, to: Destination) -> ProcessMove {
+    of(kernel, Selection::new().pid(PID), to)
+}
+
+/// A move on a machine with as many nodes as the kernel has.
+pub fn of(kernel: &FakeKernel, selection: Selection, to: Destination) -> ProcessMove {
     let nodes = u32::try_from((0..).take_while(|n| kernel.node_free(*n).is_ok()).count());
-    ProcessMove::new(to)
+    ProcessMove::new(selection, to)
         .kernel(Arc::new(kernel.clone()))
         .machine(machine(nodes.expect("few")))
         .workers(1)
-        .pid(PID)
 }
 
 pub fn kernel_with(nodes: usize, vmas: Vec<FakeVma>) -> FakeKernel {

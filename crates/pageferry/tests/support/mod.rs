@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// An engine, full rights; prints why the test is skipped where there are none.
 pub fn engine() -> Option<Engine> {
@@ -37,6 +38,22 @@ pub fn is_guest() -> bool {
 /// A size that is reached in good time: in a guest a quarter.
 pub fn sized(bytes: usize) -> usize {
     if is_guest() { bytes / 4 } else { bytes }
+}
+
+/// A sample of many cases: all of them on a real machine, in a guest the first and of the others
+/// about a third, in no step with lists that are crossed (multiples of the golden ratio, modulo 1).
+pub fn thinned<T>(cases: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    let most = if is_guest() { u32::MAX / 3 } else { u32::MAX };
+    let mut at = 0u32.wrapping_sub(0x9E37_79B9);
+    cases.into_iter().filter(move |_| {
+        at = at.wrapping_add(0x9E37_79B9);
+        at <= most
+    })
+}
+
+/// The time between two disturbances: in a guest four times as long, or it does nothing else.
+pub fn spaced(pause: Duration) -> Duration {
+    if is_guest() { 4 * pause } else { pause }
 }
 
 /// Seconds after which something hangs: in a guest four times as many.

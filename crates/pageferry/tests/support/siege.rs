@@ -266,8 +266,8 @@ impl Drop for Told<'_> {
     }
 }
 
-/// 16 MiB adopted, moving all the time, racers on all but the victim in the middle, which `act`
-/// may do anything to, again and again for half a second.
+/// 16 MiB (in a guest 8) adopted, moving all the time, racers on all but the victim in the middle,
+/// which `act` may do anything to, again and again for half a second.
 pub fn siege(
     engine: &Engine,
     huge: bool,
@@ -277,7 +277,7 @@ pub fn siege(
     let what = format!("{order:?}, huge: {huge}");
     let _watchdog = Watchdog::new(&what);
     let _told = Told(&what);
-    let len = 8 * HUGE;
+    let len = if super::is_guest() { 4 * HUGE } else { 8 * HUGE };
     let start = far_address();
     map_at(start, len);
     advise(start..start + len, if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
@@ -285,8 +285,8 @@ pub fn siege(
     let region = unsafe { engine.adopt(ptr(start).cast(), len, IoPins::Possible) };
     let region = Arc::new(region.expect("aligned"));
     super::fill(&region, 0..len);
-    // Neither end at the boundary of a huge page.
-    let victim = 2 * HUGE + HUGE / 2..5 * HUGE + HUGE / 4;
+    // A huge page at least, and neither end at the boundary of one.
+    let victim = len / 4 - HUGE / 2..len * 5 / 8 + HUGE / 4;
     let around = [0..victim.start, victim.end..len];
     let racers = Racers::start_on(&region, &around, 1, 1);
     let mover = Mover::start(engine, &region, order);

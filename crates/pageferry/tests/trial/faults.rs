@@ -108,6 +108,14 @@ pub fn attempt(engine: &Engine, region: &Region, way: Way) -> Result<Report, Mig
         .run()
 }
 
+/// Each of the first with each of the second.
+pub fn crossed<A: Copy, B>(
+    first: &[A],
+    second: impl IntoIterator<Item = B> + Clone,
+) -> impl Iterator<Item = (A, B)> {
+    first.iter().flat_map(move |a| second.clone().into_iter().map(move |b| (*a, b)))
+}
+
 pub fn any(_: Way) -> bool {
     true
 }

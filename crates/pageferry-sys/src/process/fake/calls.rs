@@ -1,6 +1,8 @@
 //! The calls of the made-up kernel.
 
+use super::idle::frame_of;
 use super::{FakeKernel, FakePage, Hindrance, ProcessOp, page_at};
+use crate::idle::IdlePages;
 use crate::pagemap::{Categories, Entry, Run};
 use crate::process::{Backings, ProcessKernel, ProcessView};
 use crate::procfs::{ReadMaps, Status, Vma};
@@ -43,11 +45,19 @@ impl ProcessKernel for FakeKernel {
         state.check(ProcessOp::NodeWatermark)?;
         state.nodes.get(node as usize).map(|n| n.1).ok_or(Errno(libc::ENOENT))
     }
+    fn idle_pages(&self) -> Result<Arc<dyn IdlePages>, Errno> {
+        let mut state = self.lock();
+        state.check(ProcessOp::IdlePages)?;
+        state.idle.tracked.then(|| Arc::new(self.clone()) as _).ok_or(Errno(libc::ENOENT))
+    }
     fn now(&self) -> Duration {
         self.lock().now
     }
     fn sleep(&self, time: Duration) {
-        self.lock().now += time;
+        let mut state = self.lock();
+        state.now += time;
+        state.events_by_clock();
+        drop(state);
         std::thread::yield_now();
     }
 }
@@ -143,11 +153,14 @@ impl ProcessView for FakeView {
     fn entries(&self, start: usize, out: &mut [Entry]) -> Result<(), Errno> {
         let mut state = self.kernel.lock();
         state.check(ProcessOp::Entries)?;
+        let hidden = state.idle.hidden;
         let process = state.living(self.pid)?;
         for (index, entry) in out.iter_mut().enumerate() {
-            let page = page_at(process, start + index * page_size());
+            let address = start + index * page_size();
+            let page = page_at(process, address);
             let present = page.is_some_and(|(p, _)| p.node.is_some());
-            *entry = Entry(u64::from(present) << 63);
+            let frame = if present && !hidden { frame_of(self.pid, address) } else { 0 };
+            *entry = Entry(u64::from(present) << 63 | frame);
         }
         Ok(())
     }
