@@ -32,6 +32,7 @@ pub mod batch;
 pub mod cpu;
 pub mod engine;
 pub mod model;
+pub mod share;
 mod slot;
 mod spin;
 mod sync;

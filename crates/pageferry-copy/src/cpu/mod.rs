@@ -26,6 +26,7 @@ use pageferry_sys::sched::thread_cpu_ns;
 use crate::{
     batch::CopyBatch,
     engine::{Capabilities, Completion, CopyEngine, SubmitError},
+    share,
     slot::Slot,
     sync::{Mutex, MutexGuard, Ordering},
     ticket::{EngineId, Ticket, Visit},
@@ -50,10 +51,6 @@ const QUEUE_DEPTH: usize = 64;
 /// 512 KiB are alike within the noise and 16 KiB costs a tenth to a quarter; with larger chunks
 /// one copier waits longer for the other's last.
 pub const CHUNK: usize = 128 << 10;
-/// Smallest chunk in bytes.
-const CHUNK_MIN: usize = 32 << 10;
-/// Chunks per copier that a batch is cut into, if they are not too small then.
-const CHUNKS_EACH: usize = 4;
 /// Batches smaller than this, in bytes, do not wake workers. Measured on two busy Zen 4 cores:
 /// with a second copier 128 and 256 KiB took up to 1.8 times as long as alone, 512 KiB broke even.
 const WORTH_WAKING: usize = 512 << 10;
@@ -252,9 +249,7 @@ impl Queue {
 
     /// Bytes that one claim takes of a batch of `bytes`.
     fn chunk_for(&self, bytes: usize) -> usize {
-        let share = bytes.div_ceil(CHUNKS_EACH * self.copiers);
-        let floor = CHUNK_MIN.min(self.chunk);
-        share.next_multiple_of(4096).clamp(floor, self.chunk)
+        share::chunk(bytes, self.copiers, self.chunk)
     }
 
     /// Claims and copies one chunk; false if all are claimed.

@@ -1,0 +1,147 @@
+//! Pages that the kernel moves are copied by a module, in batches, with every byte right: whoever
+//! asks for the move, and whatever kind of page it is.
+
+mod kernel_common;
+
+use kernel_common::{Kind, MT, Memory, Module, TEST, Writers, here, vmstat};
+use pageferry_sys::page_size;
+use std::time::{Duration, Instant};
+
+const MIB: usize = 1 << 20;
+
+/// Moves memory there and back; how many of its pages a module copied.
+fn there_and_back(memory: &Memory) -> u64 {
+    let before = vmstat("pgmigrate_offload_success");
+    memory.must_move_to(0);
+    memory.must_move_to(1);
+    memory.verify();
+    memory.must_move_to(0);
+    memory.verify();
+    vmstat("pgmigrate_offload_success") - before
+}
+
+#[test]
+fn pages_of_each_kind_are_copied_in_batches_and_are_right() {
+    if !here() {
+        return;
+    }
+    let module = Module::load(MT, &["least_kib=4"]);
+    for kind in [Kind::Base, Kind::Huge, Kind::Shared, Kind::File] {
+        let memory = Memory::new(kind, 8 * MIB);
+        memory.must_move_to(0);
+        let (pages, batches) = ((8 * MIB / page_size()) as u64, vmstat("migrate_offload_batch"));
+        let copied = there_and_back(&memory);
+        assert!(copied >= 2 * pages * 9 / 10, "{kind:?}: {copied} of {} pages", 2 * pages);
+        let batches = vmstat("migrate_offload_batch") - batches;
+        assert!(batches >= 2 && batches <= copied, "{kind:?}: {batches} batches");
+    }
+    assert_eq!(module.number("failed_folios"), 0);
+}
+
+#[test]
+fn without_a_module_the_kernel_copies_as_ever() {
+    if !here() {
+        return;
+    }
+    assert_eq!(kernel_common::migrator(), "none");
+    for kind in [Kind::Base, Kind::Huge] {
+        assert_eq!(there_and_back(&Memory::new(kind, 4 * MIB)), 0);
+    }
+}
+
+#[test]
+fn batches_have_up_to_512_folios() {
+    if !here() {
+        return;
+    }
+    let module = Module::load(TEST, &["mode=0"]);
+    let memory = Memory::new(Kind::Base, 8 * MIB);
+    there_and_back(&memory);
+    let most = module.number("most_folios");
+    // NR_MAX_BATCHED_MIGRATION, mm/migrate.c.
+    assert!((500..=512).contains(&most), "{most} folios at most");
+}
+
+#[test]
+fn helpers_copy_a_part_where_cpus_are_idle() {
+    if !here() {
+        return;
+    }
+    let module = Module::load(MT, &["least_kib=4", "helpers=4"]);
+    let memory = Memory::new(Kind::Huge, 8 * MIB);
+    memory.must_move_to(0);
+    let charged = vmstat("migrate_offload_helper_us");
+    // Whether the other CPU is idle when a batch comes is its own affair: often enough it is.
+    let until = Instant::now() + Duration::from_secs(60);
+    while module.number("helped_bytes") == 0 && Instant::now() < until {
+        memory.must_move_to(1);
+        memory.must_move_to(0);
+    }
+    assert!(module.number("helped_bytes") > 0, "nobody helped");
+    assert!(module.number("helper_ns") > 0);
+    assert!(vmstat("migrate_offload_helper_us") > charged, "helpers' time is counted");
+    memory.verify();
+    module.set("helpers", "0").expect("in range");
+    let helped = module.number("helped_bytes");
+    there_and_back(&memory);
+    assert_eq!(module.number("helped_bytes"), helped, "helpers that were not to be");
+}
+
+#[test]
+fn writers_that_race_with_moves_find_every_word_as_they_left_it() {
+    if !here() {
+        return;
+    }
+    let _module = Module::load(MT, &["least_kib=4"]);
+    for kind in [Kind::Base, Kind::Huge, Kind::Shared] {
+        let memory: &Memory = Box::leak(Box::new(Memory::new(kind, 4 * MIB)));
+        let writers = Writers::start(memory, 2);
+        let before = vmstat("pgmigrate_offload_success");
+        let until = Instant::now() + Duration::from_secs(4);
+        let mut moves = 0;
+        while Instant::now() < until {
+            memory.move_to(1 - moves % 2);
+            moves += 1;
+        }
+        let rounds = writers.finish();
+        assert!(rounds > 0 && moves > 1, "{rounds} rounds beside {moves} moves");
+        assert!(vmstat("pgmigrate_offload_success") > before, "{kind:?}: nothing was copied so");
+        memory.verify();
+    }
+}
+
+#[test]
+fn movers_that_run_at_once_do_not_disturb_each_other() {
+    if !here() {
+        return;
+    }
+    let _module = Module::load(MT, &["least_kib=4"]);
+    std::thread::scope(|scope| {
+        for kind in [Kind::Base, Kind::Huge, Kind::Shared, Kind::Base] {
+            scope.spawn(move || {
+                let memory = Memory::new(kind, 4 * MIB);
+                for round in 0..6 {
+                    memory.move_to(round % 2);
+                    memory.verify();
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn every_reason_to_migrate_may_be_left_out() {
+    if !here() {
+        return;
+    }
+    let module = Module::load(MT, &["least_kib=4", "reasons=compaction,demotion"]);
+    assert_eq!(module.get("reasons"), "compaction,demotion");
+    let memory = Memory::new(Kind::Base, 4 * MIB);
+    assert_eq!(there_and_back(&memory), 0, "move_pages(2) was left out");
+    module.set("reasons", "syscall_or_cpuset").expect("a reason");
+    assert!(there_and_back(&memory) > 0);
+    module.set("reasons", "none").expect("none");
+    assert_eq!(there_and_back(&memory), 0);
+    module.set("reasons", "all").expect("all");
+    assert!(there_and_back(&memory) > 0);
+}

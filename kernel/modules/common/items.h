@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The folios of a batch side by side, for both modules: the C half of items.rs.
+ * Included once by the shim of each.
+ */
+#ifndef PAGEFERRY_ITEMS_H
+#define PAGEFERRY_ITEMS_H
+
+#include <linux/migrate.h>
+#include <linux/mm.h>
+
+/* As `Item` in items.rs. */
+struct pf_item {
+	struct folio *dst;
+	struct folio *src;
+	size_t start;	/* of its bytes, counted through the batch */
+	bool failed;
+};
+
+size_t pf_items(struct list_head *dsts, struct list_head *srcs,
+		struct pf_item *out, size_t most, size_t *bytes);
+void pf_mark(struct folio *dst);
+
+/* The folios of two lists; how many there were. */
+size_t pf_items(struct list_head *dsts, struct list_head *srcs,
+		struct pf_item *out, size_t most, size_t *bytes)
+{
+	struct folio *src, *dst = list_first_entry(dsts, struct folio, lru);
+	size_t n = 0, start = 0;
+
+	list_for_each_entry(src, srcs, lru) {
+		if (n == most || list_entry_is_head(dst, dsts, lru))
+			break;
+		out[n++] = (struct pf_item) {
+			.dst = dst, .src = src, .start = start,
+		};
+		start += folio_size(src);
+		dst = list_next_entry(dst, lru);
+	}
+	*bytes = start;
+	return n;
+}
+
+void pf_mark(struct folio *dst)
+{
+	folio_set_content_copied(dst);
+}
+
+#endif
