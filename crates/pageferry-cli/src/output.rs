@@ -31,6 +31,8 @@ pub(crate) const RED: Style = AnsiColor::Red.on_default().bold();
 
 /// Whether the program was started without a stdout (`>&-`).
 static NO_STDOUT: AtomicBool = AtomicBool::new(false);
+/// Whether the reader of stdout has gone.
+static READER_GONE: AtomicBool = AtomicBool::new(false);
 
 /// Looks at stdout before the runtime of the standard library does: that opens `/dev/null` in the
 /// place of a descriptor that is closed, and all output would be lost without an error.
@@ -62,7 +64,11 @@ fn to_stdout(text: impl fmt::Display) -> anyhow::Result<()> {
         false => write!(out, "{text}").and_then(|()| out.flush()),
     };
     match written {
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => {
+            // Relaxed: it only has to be seen by who wrote.
+            READER_GONE.store(true, Ordering::Relaxed);
+            Ok(())
+        }
         Err(error) => Err(Problem {
             what: "cannot write to stdout".to_owned(),
             because: error.to_string(),
@@ -72,6 +78,12 @@ fn to_stdout(text: impl fmt::Display) -> anyhow::Result<()> {
         .into()),
         Ok(()) => Ok(()),
     }
+}
+
+/// Whether nobody reads what is written any longer, as the last write found: then more of it is of
+/// no use.
+pub(crate) fn is_reader_gone() -> bool {
+    READER_GONE.load(Ordering::Relaxed)
 }
 
 /// How a subcommand may talk to the user.
@@ -174,6 +186,24 @@ pub(crate) fn error(error: &anyhow::Error) -> Exit {
     }
 }
 
+/// A negative number that clap took for an option that there is not (it tells the sign and the
+/// first digit), and the option that it was meant for.
+fn negative(unknown: &str, args: &[OsString]) -> Option<String> {
+    let digits = unknown.strip_prefix('-')?;
+    if !digits.starts_with(|c: char| c.is_ascii_digit()) {
+        return None;
+    }
+    let words: Vec<_> = args.iter().map(|word| word.to_string_lossy()).collect();
+    // --nice takes them.
+    let mut pairs = words.windows(2).filter(|pair| pair[0] != "--nice");
+    let pair = pairs.find(|pair| pair[1].starts_with(unknown))?;
+    let option = match pair[0].starts_with("--") {
+        true => format!(" for '{}'", pair[0]),
+        false => String::new(),
+    };
+    Some(format!("negative number '{}'{option}", pair[1]))
+}
+
 /// Prints what clap has to say of the command line `args`: help and version on stdout, errors in
 /// our form.
 pub(crate) fn usage_error(clap: &clap::Error, args: impl Iterator<Item = OsString>) -> Exit {
@@ -203,7 +233,12 @@ pub(crate) fn usage_error(clap: &clap::Error, args: impl Iterator<Item = OsStrin
         .map(|line| line.trim_start_matches('[').trim_end_matches(']'))
         .collect();
     let more = more.join(", ");
-    let subcommand = subcommand(args);
+    let args: Vec<OsString> = args.collect();
+    let negative = match clap.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(unknown)) => negative(unknown, &args),
+        _ => None,
+    };
+    let subcommand = subcommand(args.into_iter());
     let program = subcommand
         .as_ref()
         .map_or_else(|| "pageferry".to_owned(), |name| format!("pageferry {name}"));
@@ -212,6 +247,9 @@ pub(crate) fn usage_error(clap: &clap::Error, args: impl Iterator<Item = OsStrin
         _ if what.ends_with(':') => (format!("{what} {more}"), format!("`{program}` needs them")),
         // Our own parsers say why.
         (ClapKind::ValueValidation, Some((what, why))) => (what.to_owned(), why.to_owned()),
+        (ClapKind::UnknownArgument, _) if negative.is_some() => {
+            (negative.unwrap_or_default(), "nothing below 0 is taken there".to_owned())
+        }
         (ClapKind::UnknownArgument, _) => {
             (what.to_owned(), format!("`{program}` has no such argument"))
         }
@@ -266,4 +304,22 @@ fn report(what: &str, because: Option<&str>, remedy: Option<&str>) {
     }
     // If stderr is gone too, the exit code is all that is left to say.
     let _ = AutoStream::auto(io::stderr().lock()).write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_negative_number_is_named_with_the_option_that_it_was_meant_for() {
+        let named = |unknown: &str, line: &str| {
+            let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            negative(unknown, &args)
+        };
+        let is = |found: Option<String>, text: &str| assert_eq!(found.as_deref(), Some(text));
+        is(named("-1", "move --nice -1 --rate -1M"), "negative number '-1M' for '--rate'");
+        is(named("-7", "where 5 -7"), "negative number '-7'");
+        assert_eq!(named("--foo", "move --nice -1 --foo"), None);
+        assert_eq!(named("-x", "where -x"), None);
+    }
 }

@@ -1,8 +1,8 @@
-//! Amounts of memory, as people write and read them: whole numbers with K, M, G or T, powers of
-//! 1024. Where this command means powers of 1000 it writes kB, MB and GB, which it therefore does
+//! Amounts of memory, as people write and read them: numbers with K, M, G or T, powers of 1024,
+//! that come to whole bytes. Where this command means powers of 1000 it writes kB, MB and GB, which it therefore does
 //! not take for powers of 1024.
 
-/// Reads `4096`, `64K`, `512M`, `2 GiB`, in capitals or not.
+/// Reads `4096`, `64K`, `512M`, `1.5G`, `2 GiB`, in capitals or not.
 ///
 /// # Errors
 /// The reason and the remedy, for clap to name the option and the text before it.
@@ -18,12 +18,33 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         "T" | "TIB" => 40,
         _ => return Err(format!("unknown unit '{unit}'; use K, M, G or T, powers of 1024")),
     };
-    let number: u64 = number
-        .trim()
-        .parse()
-        .map_err(|_| "not a whole number of bytes; write for example 512M or 2G".to_owned())?;
-    let bytes = number.checked_mul(1 << shift);
-    bytes.ok_or_else(|| "more than an address can say (16777216T); give less".to_owned())
+    let number = number.trim();
+    if number.starts_with('-') {
+        return Err("negative, which no amount of memory is; write for example 512M".to_owned());
+    }
+    let whole = || "not a whole number of bytes; write for example 512M or 2G".to_owned();
+    // Exactly, as thousandths and the like: a u128 has room for all that is not refused.
+    let (units, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    let digits = |text: &str| text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok());
+    let [units, parts]: [Option<u64>; 2] = [units, fraction].map(|text| digits(text).flatten());
+    let (units, parts) = (units.ok_or_else(whole)?, parts.ok_or_else(whole)?);
+    let one = u32::try_from(fraction.len()).ok().and_then(|n| 10u128.checked_pow(n));
+    let one = one.ok_or_else(whole)?;
+    let parts = u128::from(parts) << shift;
+    if parts % one != 0 {
+        return Err(whole());
+    }
+    u64::try_from((u128::from(units) << shift) + parts / one)
+        .map_err(|_| "more than an address can say (16777216T); give less".to_owned())
+}
+
+/// `1.80 GB/s`, `4.2 MB/s`, `0.3 kB/s`: powers of 1000, as rates are.
+pub(crate) fn rate(bytes_per_s: f64) -> String {
+    match bytes_per_s {
+        rate if rate >= 1e9 => format!("{:.2} GB/s", rate / 1e9),
+        rate if rate >= 1e6 => format!("{:.1} MB/s", rate / 1e6),
+        rate => format!("{:.1} kB/s", rate / 1e3),
+    }
 }
 
 /// `117.4 GiB`; whole numbers without a fraction.
@@ -56,6 +77,9 @@ mod tests {
             ("16mib", 16 << 20),
             (" 1 G ", 1 << 30),
             ("2GiB", 2 << 30),
+            ("1.5G", 3 << 29),
+            ("0.25k", 256),
+            ("1.000B", 1),
             ("16777215t", 16_777_215 << 40),
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
@@ -68,8 +92,13 @@ mod tests {
             ("", "not a whole number"),
             ("M", "not a whole number"),
             ("lots", "unknown unit 'lots'"),
-            ("-1M", "not a whole number"),
-            ("1.5G", "not a whole number"),
+            ("-1M", "negative"),
+            ("0.1G", "not a whole number"),
+            ("1.5", "not a whole number"),
+            (".5G", "not a whole number"),
+            ("1.G", "not a whole number"),
+            ("1.+5G", "not a whole number"),
+            ("+1G", "not a whole number"),
             ("12Q", "unknown unit 'Q'"),
             ("12MB", "unknown unit 'MB'"),
             ("99999999999999999999", "not a whole number"),
@@ -78,6 +107,12 @@ mod tests {
             let refused = parse_size(text).expect_err(text);
             assert!(refused.contains(reason) && refused.contains("; "), "{text}: {refused}");
         }
+    }
+
+    #[test]
+    fn rates_are_written_in_units_that_fit() {
+        let written = [1.8e9, 999.96e6, 65_536.0, 0.0].map(rate);
+        assert_eq!(written, ["1.80 GB/s", "1000.0 MB/s", "65.5 kB/s", "0.0 kB/s"]);
     }
 
     #[test]

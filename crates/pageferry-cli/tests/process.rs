@@ -169,6 +169,57 @@ fn watching_ends_with_the_process() {
 }
 
 #[test]
+fn watching_ends_quietly_when_its_reader_has_gone() {
+    if !is_one_node() {
+        return;
+    }
+    let sleeper = Sleeper::start();
+    for json in [&[][..], &["--json"]] {
+        let args = ["where", "--watch=0.1", "--only", "stack", &sleeper.pid()];
+        let mut watch = command(&[&args[..], json].concat())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command starts");
+        let mut lines = BufReader::new(watch.stdout.take().expect("piped")).lines();
+        lines.next().expect("it looks").expect("text");
+        drop(lines);
+        let output = watch.wait_with_output().expect("it ends");
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.status.code(), &*error), (Some(0), ""), "{json:?}");
+    }
+}
+
+#[test]
+fn watching_ends_with_the_last_process_of_a_cgroup() {
+    if !is_one_node() {
+        return;
+    }
+    let sleeper = Sleeper::start();
+    let folder = tempfile::tempdir().expect("a folder");
+    let procs = folder.path().join("cgroup.procs");
+    fs::write(&procs, sleeper.pid() + "\n").expect("a file");
+    // Seen from the current folder.
+    let mut watch = command(&["where", "--watch=0.1", "--json", "--cgroup", "."])
+        .current_dir(folder.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command starts");
+    let mut lines = BufReader::new(watch.stdout.take().expect("piped")).lines();
+    let line = lines.next().expect("it looks").expect("text");
+    let told: Value = serde_json::from_str(&line).expect("one document on a line");
+    assert_eq!(told["processes"], 1, "{told}");
+    fs::write(&procs, "").expect("a file");
+    // What it is writing must not wait for us.
+    let rest = std::thread::spawn(move || lines.count());
+    let output = watch.wait_with_output().expect("it ends");
+    rest.join().expect("read to the end");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), &*error), (Some(0), "no process is left\n"));
+}
+
+#[test]
 fn watching_stops_on_each_signal_that_asks_for_it() {
     if !is_one_node() {
         return;
@@ -310,6 +361,12 @@ where init
 where 4194304
 where --cgroup FOLDER
 where --cgroup EMPTY
+where --cgroup .
+where --cgroup ..
+where --cgroup ./system.slice
+where --cgroup /system.slice/..
+where --cgroup ''
+where --file '' PID
 where --watch=0 PID
 where --only heap --top -1 PID
 move --to all
@@ -327,6 +384,12 @@ move --pid PID --to !all
 move --pid PID --to +99
 move --pid PID --to 0,,1
 move --pid PID --to -1
+move --pid PID --to all --rate -1M
+move --pid PID --to all --reserve=-1
+move --pid PID --to all --min-age -1s
+move --pid PID --to all --rate 0.1G
+move --pid PID --to +0 --weights 0
+move --pid PID --to all --file ''
 move --pid PID --to all --from 9999
 move --pid PID --to all --from x
 move --pid PID --to all --fill --interleave
@@ -369,6 +432,7 @@ fn bad_input_is_refused_with_reason_and_remedy() {
         let mut error = without_nodes(&stderr(&result));
         let last = error.lines().last().unwrap_or_default();
         assert!(last.trim_start().starts_with("remedy: "), "{line}: {error}");
+        error = error.replace(env!("CARGO_MANIFEST_DIR"), "HERE");
         for (name, value) in names.iter().filter(|(_, value)| !value.is_empty()) {
             error = error.replace(value, name);
         }
@@ -424,7 +488,7 @@ fn a_minimum_age_is_refused_with_a_remedy_where_nothing_is_known_of_ages() {
     if Path::new("/sys/kernel/mm/page_idle/bitmap").exists() {
         return eprintln!("skipped in part: this kernel tracks idle pages");
     }
-    let error = stderr(&pageferry(&[&args[..], &["1ms"]].concat()).code(1));
+    let error = stderr(&pageferry(&[&args[..], &["1ms"]].concat()).code(2));
     assert!(
         error.contains("--min-age") && error.contains("CONFIG_IDLE_PAGE_TRACKING=y"),
         "{error}"

@@ -84,6 +84,10 @@ pub trait ProcessView: Send + Sync + std::fmt::Debug {
 pub trait ProcessKernel: Send + Sync + std::fmt::Debug {
     /// Holds a process open; the number of one of its threads does too.
     fn open(&self, pid: u32) -> Result<Arc<dyn ProcessView>, Errno>;
+    /// What the caller itself is: it moves pages, and what its cpuset forbids it cannot have moved.
+    fn own_status(&self) -> Result<Status, Errno> {
+        Err(Errno(libc::ENOSYS))
+    }
     /// Finds a cgroup; see [`procfs::find_group`].
     fn find_group(&self, path: &Path) -> Option<PathBuf>;
     /// The pids in a cgroup and below it.
@@ -153,6 +157,13 @@ impl ProcessKernel for LinuxProcesses {
         let tid = living_thread(pid, &dir);
         let dir = if tid == pid { dir } else { ProcDir::open(tid)? };
         Ok(Arc::new(LinuxView::new(pid, tid, dir, pidfd, self.no_scan)))
+    }
+
+    fn own_status(&self) -> Result<Status, Errno> {
+        // The number that this procfs knows us by: it may be that of another pid namespace.
+        let own = fs::read_link("/proc/self").map_err(|e| errno_of(&e))?;
+        let pid = own.to_str().and_then(|pid| pid.parse().ok()).ok_or(Errno(libc::EIO))?;
+        ProcDir::open(pid)?.status()
     }
 
     fn find_group(&self, path: &Path) -> Option<PathBuf> {

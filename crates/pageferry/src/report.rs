@@ -16,7 +16,8 @@ pub enum Busy {
     /// Pinned for device access (`FOLL_PIN`): a registered io_uring buffer, O_DIRECT in flight,
     /// RDMA, VFIO.
     Pinned,
-    /// Shared with another process after `fork`, or merged by KSM.
+    /// Shared with another process: after `fork`, merged by KSM, or mapped by several; a move from
+    /// outside needs `CAP_SYS_NICE` for it.
     Shared,
     /// The mapping differs from the engine's frames in a way that the kernel does not move
     /// pages across: locked by `mlock`, or not writable.
@@ -64,7 +65,8 @@ pub enum Outcome {
     Moved,
     /// It was on the destination before.
     AlreadyThere,
-    /// Nothing is there that could move: never touched, given back, or the shared zero page.
+    /// Nothing is there that could move: never touched, given back, swapped out, or the shared zero
+    /// page.
     NotPresent,
     /// It stayed, unharmed.
     Busy(Busy),
@@ -114,7 +116,9 @@ impl fmt::Display for Outcome {
             Self::AlreadyThere => "already there",
             Self::NotPresent => "not present",
             Self::Busy(Busy::Pinned) => "busy: pinned for device access",
-            Self::Busy(Busy::Shared) => "busy: shared after fork or by KSM",
+            Self::Busy(Busy::Shared) => {
+                "busy: shared with other processes (from outside it needs CAP_SYS_NICE)"
+            }
             Self::Busy(Busy::Mapping) => "busy: locked or not writable",
             Self::Busy(Busy::Guarded) => "busy: guard page or memory error",
             Self::Busy(Busy::Discarding) => "busy: being discarded",

@@ -182,7 +182,8 @@ fn memory_that_is_taken_offline_is_emptied_in_batches() {
         return;
     }
     let module = Module::load(TEST, &["mode=0"]);
-    let memory = Memory::new(Kind::Base, 32 * MIB);
+    // More than a block (128 MiB) that also has memory of the kernel's own, and so cannot go.
+    let memory = Memory::new(Kind::Huge, 320 * MIB);
     memory.must_move_to(1);
     let before = copied();
     let mut taken = Vec::new();

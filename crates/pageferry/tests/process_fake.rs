@@ -186,6 +186,7 @@ fn calls_stay_within_the_latency_target() {
     assert!(full * 10 > moves.len() * 9, "{full} of {}", moves.len());
     assert_eq!(report.calls.count(), moves.len() as u64);
     assert!(report.calls.longest <= target);
+    assert!(report.notes.list.is_empty(), "{report:?}");
 }
 
 #[test]

@@ -3,9 +3,10 @@
 #[path = "support/made_up.rs"]
 mod made_up;
 
-use made_up::{BASE, PID, bytes, kernel_with, node, of, pages, to_destination, to_node};
+use made_up::{BASE, PID, PLENTY, bytes, kernel_with, node, of, pages, to_destination, to_node};
 use pageferry::process::{Destination, Note, ProcessError, ProcessMove, Selection, TargetError};
 use pageferry::{HUGE, Outcome, Shortage};
+use pageferry_sys::process::Backing;
 use pageferry_sys::process::fake::{
     Event, FakeKernel, FakePage, FakeProcess, FakeVma, Hindrance, ProcessOp,
 };
@@ -202,11 +203,119 @@ fn whatever_call_fails_whenever_the_outcomes_add_up_and_it_ends() {
     }
 }
 
+#[test]
+fn a_cancelled_move_says_how_much_it_had_not_come_to() {
+    let all = pages(100_000);
+    let kernel = kernel_with(2, Vec::new());
+    let mut process =
+        FakeProcess::new(PID, vec![FakeVma::anonymous(BASE, page_size(), 100_000, 0)]);
+    process.status.anonymous = all;
+    kernel.add(process);
+    // Cancelled before it begins, it has looked at nothing.
+    let raised = Arc::new(AtomicBool::new(true));
+    let report = to_node(&kernel, 1).cancelled_by(raised).run().expect("valid");
+    assert_eq!((report.bytes_looked_at(), report.not_looked_at), (0, all), "{report:?}");
+    // And in the middle, in the first of several pieces.
+    let flag = Arc::new(AtomicBool::new(false));
+    let (raise, watched) = (Arc::clone(&flag), kernel.clone());
+    kernel.page_takes(Duration::from_micros(100));
+    let thread = std::thread::spawn(move || {
+        while watched.calls(ProcessOp::MovePages) < 3 {
+            std::thread::yield_now();
+        }
+        raise.store(true, Ordering::Relaxed);
+    });
+    let report = to_node(&kernel, 1).rate(1 << 20).cancelled_by(flag).run().expect("valid");
+    thread.join().expect("it saw three calls");
+    assert!(report.cancelled && report.not_looked_at > 0, "{report:?}");
+    assert_eq!(report.bytes_looked_at() + report.not_looked_at, all);
+    // One that comes to the end leaves nothing out, whatever the kernel counts.
+    let mut process = FakeProcess::new(PID, vec![FakeVma::anonymous(BASE, page_size(), 10, 0)]);
+    process.status.anonymous = all;
+    kernel.add(process);
+    assert_eq!(to_node(&kernel, 1).run().expect("valid").not_looked_at, 0);
+}
+
+#[test]
+fn who_may_not_have_memory_there_itself_is_refused_with_the_reason() {
+    let kernel = kernel_with(3, vec![FakeVma::anonymous(BASE, page_size(), 10, 0)]);
+    kernel.own_cpuset("0,2");
+    for dry in [false, true] {
+        let refused = to_node(&kernel, 1).dry_run(dry).run().expect_err("must be refused");
+        assert!(matches!(refused, ProcessError::OwnCpuset { .. }), "{refused}");
+        let text = refused.to_string();
+        assert!(
+            ["node 1", "own cpuset allows 0,2", "cpuset.mems"].iter().all(|p| text.contains(p))
+        );
+    }
+    assert_eq!(kernel.calls(ProcessOp::MovePages) + kernel.calls(ProcessOp::Nodes), 0);
+    assert!(to_node(&kernel, 2).run().expect("allowed").is_complete());
+}
+
+#[test]
+fn a_found_process_whose_cpuset_forbids_the_node_is_told_without_a_call() {
+    for (dry, to) in [(false, vec![1]), (true, vec![1]), (false, vec![1, 2]), (true, vec![1, 2])] {
+        let kernel = kernel_with(3, Vec::new());
+        let mut process = FakeProcess::new(PID, vec![FakeVma::anonymous(BASE, page_size(), 10, 0)]);
+        process.status.nodes_allowed = "0,2".into();
+        kernel.add(process);
+        kernel.join(Path::new("/jobs"), PID);
+        let fill = Destination::fill(to.iter().map(|n| node(*n)));
+        let movement = of(&kernel, Selection::new().cgroup("/jobs"), fill).dry_run(dry);
+        let report = movement.run().expect("valid");
+        let is = if to.len() > 1 {
+            // The next one will do.
+            if dry { Outcome::WouldMove } else { Outcome::Moved }
+        } else {
+            let note = Note::Forbidden { pid: PID, node: node(1) };
+            assert!(report.notes.list.contains(&note), "{report:?}");
+            assert_eq!(kernel.calls(ProcessOp::MovePages), 0);
+            Outcome::NoFrame(Shortage::Forbidden)
+        };
+        assert_eq!(bytes(&report, is), pages(10), "{report:?}");
+    }
+}
+
+#[test]
+fn a_dry_run_counts_on_no_more_room_than_there_is() {
+    let vma = FakeVma::anonymous(BASE, page_size(), 2000, 0);
+    let mut huge = FakeVma::anonymous(BASE * 2, HUGE, 10, 0);
+    (huge.vma.device, huge.vma.inode) = ((0, 9), 1);
+    let kernel = FakeKernel::new(&[PLENTY, pages(1500), pages(100)]);
+    kernel.device((0, 9), Backing::Hugetlb(HUGE));
+    kernel.add(FakeProcess::new(PID, vec![vma, huge]));
+    // Of the hugetlb pages four find one that is set aside; there is no room for the others.
+    kernel.pool(1, HUGE, 4 * HUGE as u64);
+    kernel.watermark(1, pages(500));
+    let report = to_node(&kernel, 1).dry_run(true).run().expect("valid");
+    let of_pool = 4 * HUGE as u64;
+    assert_eq!(bytes(&report, Outcome::WouldMove), pages(1000) + of_pool, "{report:?}");
+    let stay = pages(1000) + 10 * HUGE as u64 - of_pool;
+    assert_eq!(bytes(&report, Outcome::NoFrame(Shortage::Reserve)), stay);
+    assert!(report.notes.list.contains(&Note::NodeFull { node: node(1) }));
+    // Two nodes, one after the other, have room for more.
+    let both = to_destination(&kernel, Destination::fill([node(1), node(2)])).dry_run(true);
+    let report = both.run().expect("valid");
+    assert_eq!(bytes(&report, Outcome::WouldMove), pages(1100) + of_pool, "{report:?}");
+    assert_eq!(kernel.calls(ProcessOp::MovePages), 0);
+}
+
+#[test]
+fn a_latency_target_that_cannot_be_met_is_told_once() {
+    let kernel = kernel_with(2, vec![FakeVma::anonymous(BASE, page_size(), 20_000, 0)]);
+    kernel.page_takes(Duration::from_micros(100));
+    let report = to_node(&kernel, 1).call_latency(Duration::from_millis(10)).run().expect("valid");
+    let slow = report.notes.list.iter().filter(|n| matches!(n, Note::SlowCalls { .. }));
+    let slow: Vec<String> = slow.map(Note::to_string).collect();
+    assert!(slow.len() == 1 && slow[0].contains("not cut below 500 pages"), "{report:?}");
+}
+
 fn any_page() -> impl Strategy<Value = FakePage> {
     let hindrance = prop_oneof![
         12 => Just(None),
         1 => (1u32..6).prop_map(|n| Some(Hindrance::Unqueued(libc::EBUSY, n))),
         1 => (1u32..6).prop_map(|n| Some(Hindrance::Fails(n))),
+        1 => (1u32..6).prop_map(|n| Some(Hindrance::Migrates(n))),
         1 => Just(Some(Hindrance::Unqueued(libc::EIO, u32::MAX))),
         1 => Just(Some(Hindrance::Zero)),
         1 => Just(Some(Hindrance::Shared)),

@@ -352,3 +352,23 @@ fn what_has_the_number_of_a_process_that_ended_is_left_alone() {
     drop(new);
     child::unmap(memory);
 }
+
+#[test]
+fn pages_that_somebody_else_moves_at_the_same_time_are_not_called_gone() {
+    let Some((from, to)) = two_nodes() else { return };
+    let ward = Ward::filled(|| child::anonymous(16 * MIB, false));
+    ward.goes_to(from, 16 * MIB);
+    for _ in 0..3 {
+        // Migration entries of the one are what the other finds.
+        let moves = [ward.to(to), ward.to(from)];
+        let handles = moves.map(|one| one.start().expect("our own child"));
+        for handle in handles {
+            let report = handle.wait().expect("no panic");
+            assert_eq!(bytes(&report, Outcome::Gone), 0, "{report:?}");
+            assert!(adds_up(&report) <= 16 * MIB as u64, "{report:?}");
+        }
+    }
+    ward.is_intact();
+    ward.goes_to(to, 16 * MIB);
+    ward.is_on(to);
+}

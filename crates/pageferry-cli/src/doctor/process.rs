@@ -15,13 +15,14 @@ use super::host::{Capability, Host};
 pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
     let machine = Machine::read_from(host.root()).ok();
     let memory = machine.as_ref().map(|m| m.memory_nodes().map(|node| node.id).collect());
+    let memory: NodeList = memory.unwrap_or_default();
     let tiers = machine.as_ref().map_or(1, |machine| machine.tiers().len());
     vec![
-        between(nodes),
+        between(host, &memory, nodes),
         others(host),
         shared(host),
         ptrace_scope(host),
-        cpuset(host, &memory.unwrap_or_default()),
+        cpuset(host, &memory),
         demotion(host, tiers),
         idle_pages(host),
         copy_offload(host),
@@ -29,12 +30,17 @@ pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
 }
 
 /// What `move` has to do here; whether the calls work is `memory-policy`'s to say.
-fn between(nodes: usize) -> Check {
+fn between(host: &Host, memory: &NodeList, nodes: usize) -> Check {
     const ID: &str = "move-between";
     if nodes < 2 {
         return Check::ok(ID, "one node: `where` can look, `move` has nothing to move between");
     }
-    Check::ok(ID, format!("{nodes} nodes: `move` and `migratepages` move programs between them"))
+    let mut found = format!("{nodes} nodes: `move` and `migratepages` move programs between them");
+    // What to do is the cpuset's own to say.
+    if let Some(forbidden) = forbidden(host, memory) {
+        found += &format!(", but not to node {forbidden}, which the cpuset here forbids");
+    }
+    Check::ok(ID, found)
 }
 
 /// Looking into and moving takes `PTRACE_MODE_READ_REALCREDS`: the same user, dumpable, and no
@@ -42,7 +48,11 @@ fn between(nodes: usize) -> Check {
 fn others(host: &Host) -> Check {
     const ID: &str = "other-processes";
     if host.has(Capability::SysPtrace) {
-        return Check::ok(ID, "CAP_SYS_PTRACE: every process in this pid namespace");
+        return Check::ok(
+            ID,
+            "CAP_SYS_PTRACE: every process in this pid namespace, as far as security modules and \
+             user namespaces allow",
+        );
     }
     Check::warn(
         ID,
@@ -76,18 +86,26 @@ fn ptrace_scope(host: &Host) -> Check {
     }
 }
 
+/// Nodes with memory that this process's cpuset allows. `None`: it does not tell.
+fn allowed(host: &Host) -> Option<NodeList> {
+    host.status("Mems_allowed_list").and_then(|text| text.parse().ok())
+}
+
+/// Nodes with memory that it forbids, if there are any.
+fn forbidden(host: &Host, memory: &NodeList) -> Option<NodeList> {
+    allowed(host).map(|allowed| memory.difference(&allowed)).filter(|nodes| !nodes.is_empty())
+}
+
 /// What this process's cpuset allows: programs that are started beside it inherit it, and a move
 /// to another node is refused (`EACCES`).
 fn cpuset(host: &Host, memory: &NodeList) -> Check {
     const ID: &str = "cpuset";
-    let allowed = host.status("Mems_allowed_list").and_then(|text| text.parse::<NodeList>().ok());
-    let Some(allowed) = allowed else {
+    if allowed(host).is_none() {
         return Check::ok(ID, "cannot tell which nodes are allowed; the kernel will say");
-    };
-    let forbidden = memory.difference(&allowed);
-    if forbidden.is_empty() {
-        return Check::ok(ID, format!("allows every node with memory ({memory})"));
     }
+    let Some(forbidden) = forbidden(host, memory) else {
+        return Check::ok(ID, format!("allows every node with memory ({memory})"));
+    };
     Check::warn(
         ID,
         format!("forbids node {forbidden} to programs of this cgroup or container"),
@@ -184,6 +202,8 @@ mod tests {
             assert!(check.remedy.is_some(), "{check:?}");
         }
         assert!(found[2].found.contains("forbids node 1"), "{:?}", found[2]);
+        let between = between(&host, &two(), 2);
+        assert!(between.found.contains("not to node 1"), "{between:?}");
     }
 
     #[test]

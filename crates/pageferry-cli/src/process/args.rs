@@ -1,7 +1,7 @@
 //! Values that options take: nodes, durations, addresses, kinds of memory.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -23,7 +23,7 @@ pub(super) struct FilterArgs {
     pub(super) only: Vec<Kind>,
 
     /// Only mappings whose name contains this, or is like it where it has * or ?
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = name)]
     pub(super) file: Option<String>,
 }
 
@@ -40,7 +40,8 @@ impl FilterArgs {
 /// Whole cgroups, and children.
 #[derive(Debug, Args)]
 pub(super) struct GroupArgs {
-    /// A cgroup with those below it: a folder, or a path below /sys/fs/cgroup; may be repeated
+    /// A cgroup with those below it: a folder, seen from the current one too, or a path below
+    /// /sys/fs/cgroup; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::DirPath)]
     pub(super) cgroup: Vec<PathBuf>,
 
@@ -50,9 +51,38 @@ pub(super) struct GroupArgs {
 }
 
 /// Everything that was named.
-pub(super) fn targets(pids: &[u32], groups: &GroupArgs) -> Vec<Target> {
-    let pids = pids.iter().map(|pid| Target::Pid(*pid));
-    pids.chain(groups.cgroup.iter().cloned().map(Target::Cgroup)).collect()
+pub(super) fn targets(pids: &[u32], groups: &GroupArgs) -> Result<Vec<Target>, Problem> {
+    let here = std::env::current_dir().unwrap_or_default();
+    let groups = groups.cgroup.iter().map(|path| Ok(Target::Cgroup(group(path, &here)?)));
+    pids.iter().map(|pid| Ok(Target::Pid(*pid))).chain(groups).collect()
+}
+
+/// The cgroup that a path names: a folder, seen from the current one `here`, that is a cgroup;
+/// else a path below where cgroups are mounted, as it is given. Such a one goes downwards only: `.`
+/// and `..` would name the root, which is every process of the machine.
+fn group(path: &Path, here: &Path) -> Result<PathBuf, Problem> {
+    let folder = here.join(path);
+    if !path.as_os_str().is_empty() && folder.join("cgroup.procs").exists() {
+        return Ok(folder.canonicalize().unwrap_or(folder));
+    }
+    let downwards = |part| matches!(part, Component::RootDir | Component::Normal(_));
+    if !path.as_os_str().is_empty() && path.components().all(downwards) {
+        return Ok(path.to_path_buf());
+    }
+    Err(Problem::bad_input(
+        format!("cannot look at cgroup '{}'", path.display()),
+        format!("{} is no cgroup: it holds no cgroup.procs", folder.display()),
+        "name a folder that holds cgroup.procs, or a path below /sys/fs/cgroup (v2) or \
+         /sys/fs/cgroup/memory (v1)",
+    ))
+}
+
+/// Part of a mapping's name.
+fn name(text: &str) -> Result<String, String> {
+    match text {
+        "" => Err("it is empty, and every name contains that; leave it out for all".into()),
+        text => Ok(text.to_owned()),
+    }
 }
 
 /// Their memory.
@@ -196,6 +226,32 @@ pub(super) fn whole_pages(range: Range<usize>) -> Option<Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cgroup_is_seen_from_the_current_folder_and_never_the_root_by_accident() {
+        let root = tempfile::tempdir().expect("a folder");
+        let mount = root.path().canonicalize().expect("there");
+        let (a, b) = (mount.join("a"), mount.join("a/b b"));
+        std::fs::create_dir_all(&b).expect("folders");
+        for folder in [&mount, &a, &b] {
+            std::fs::write(folder.join("cgroup.procs"), "").expect("a file");
+        }
+        let found = |path: &str, here: &Path| group(Path::new(path), here).ok();
+        assert_eq!(found(".", &a), Some(a.clone()));
+        assert_eq!(found("", &a), None);
+        assert_eq!(found("b b", &a), Some(b.clone()));
+        assert_eq!(found("../a/b b", &a), Some(b.clone()));
+        assert_eq!(found("..", &b), Some(a.clone()));
+        assert_eq!(found(&b.display().to_string(), Path::new("/")), Some(b));
+        // Names below the root stay as they are.
+        for name in ["other.slice", "/other.slice/x", "other.slice/."] {
+            assert_eq!(found(name, &a), Some(name.into()));
+        }
+        let elsewhere = tempfile::tempdir().expect("a folder");
+        for bad in [".", "..", "./x", "x/..", "/x/..", ""] {
+            assert_eq!(found(bad, elsewhere.path()), None, "{bad}");
+        }
+    }
 
     #[test]
     fn durations_have_a_unit() {

@@ -2,7 +2,7 @@
 //!
 //! What always holds: of a program that has been asked, nothing but the program itself moves
 //! anonymous memory. What it has of that is regions, moved, and the frames of its engine's pools,
-//! whose nodes the engine relies on.
+//! whose nodes the engine relies on. That holds of one that was given up, too: it may still be at it.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -41,19 +41,23 @@ pub(super) fn all(pids: Vec<u32>, wish: &Request, bar: &ProgressBar) -> Answers 
             bar.set_length(total.max(1));
             bar.set_position(done);
             bar.set_message(format!("process {pid} moves its regions, {}", size(total)));
-            !cancel::requested()
+            true
         };
         // Who comes later finds the request to stop by himself.
         if cancel::requested() {
             answers.others.push(pid);
             continue;
         }
-        match control::ask(pid, wish, progress) {
+        match control::ask_until(pid, wish, cancel::requested_flag(), progress) {
             Ok(Some(summary)) => answers.asked.push(Asked { pid, answer: Ok(summary) }),
             Err(AskError::Refused { why, .. }) => {
                 answers.asked.push(Asked { pid, answer: Err(why) });
             }
-            Err(error @ AskError::Broken { .. }) => {
+            Err(
+                error @ (AskError::Broken { .. }
+                | AskError::Silent { .. }
+                | AskError::Cancelled { .. }),
+            ) => {
                 answers.asked.push(Asked { pid, answer: Err(error.to_string()) });
             }
             Err(error @ (AskError::Socket { .. } | AskError::Impostor { .. })) => {

@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry::process::{ProcessProgress, Stage};
 
 use crate::output::Context;
-use crate::size::size;
+use crate::size::{self, size};
 
 /// How often it is brought up to date.
 pub(super) const EVERY: Duration = Duration::from_millis(100);
@@ -47,7 +47,7 @@ fn waiting(left: Duration) -> String {
 /// `1.2 GiB moved, 1.80 GB/s, 12 s left`.
 fn message(moved: u64, rate: f64, eta: Option<Duration>) -> String {
     let left = eta.map_or_else(String::new, |eta| format!(", {:.0} s left", eta.as_secs_f64()));
-    format!("{} moved, {:.2} GB/s{left}", size(moved), rate / 1e9)
+    format!("{} moved, {}{left}", size(moved), size::rate(rate))
 }
 
 #[cfg(test)]
@@ -58,7 +58,8 @@ mod tests {
     fn progress_tells_rate_and_time_left() {
         let left = Some(Duration::from_secs(12));
         assert_eq!(message(3 << 29, 1.8e9, left), "1.5 GiB moved, 1.80 GB/s, 12 s left");
-        assert_eq!(message(0, 0.0, None), "0 B moved, 0.00 GB/s");
+        assert_eq!(message(0, 0.0, None), "0 B moved, 0.0 kB/s");
+        assert_eq!(message(1 << 20, 4.2e6, None), "1 MiB moved, 4.2 MB/s");
         assert_eq!(
             waiting(Duration::from_millis(11_900)),
             "waiting to see which pages are used, 12 s"

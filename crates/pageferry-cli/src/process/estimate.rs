@@ -12,7 +12,7 @@ use pageferry_topology::{Machine, NodeId};
 use serde::Serialize;
 
 use super::args;
-use crate::cancel;
+use crate::{cancel, size};
 
 /// Memory that is moved to measure; about 20 ms at [`BASE_RATE`].
 const SAMPLE: usize = 32 << 20;
@@ -67,29 +67,33 @@ impl Rates {
             base,
             huge,
             basis: format!(
-                "{:.2} GB/s in {what} pages with one worker, measured here on 32 MiB of this \
+                "{} in {what} pages with one worker, measured here on 32 MiB of this \
                  command's own; {other} pages in the usual proportion",
-                rate / 1e9
+                size::rate(rate)
             ),
         }
     }
 }
 
 /// What it would cost to move what these lines say would be moved, to the first of the nodes.
+/// `None`: cancelled while it was measured.
 pub(super) fn estimate(
     lines: &[Line],
     to: Option<NodeId>,
     machine: &Machine,
     latency: Duration,
     limit: Option<u64>,
-) -> Estimate {
+) -> Option<Estimate> {
     let would: Vec<&Line> = lines.iter().filter(|l| l.outcome == Outcome::WouldMove).collect();
     let measured = match to {
         Some(to) if !would.is_empty() => measure(to, machine),
         _ => None,
     };
+    if cancel::requested() {
+        return None;
+    }
     let rates = measured.map_or_else(Rates::known, |(bytes, rate)| Rates::measured(bytes, rate));
-    reckon(&would, rates, latency, limit)
+    Some(reckon(&would, rates, latency, limit))
 }
 
 #[allow(

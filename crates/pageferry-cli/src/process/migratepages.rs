@@ -18,7 +18,11 @@ use crate::output::Problem;
 #[derive(Debug, Args)]
 #[command(
     after_help = "Says nothing and ends with 0 also where pages stayed behind, with 1 where \
-                        anything is wrong, as migratepages(8) does. `pageferry move` reports."
+                        anything is wrong, as migratepages(8) does. `pageferry move` reports.\n\n\
+                        FROM and TO are sets, whose order as written is not kept: the lowest node \
+                        of FROM goes to the lowest of TO. `0,1 1,0` therefore takes 0 to 0 and 1 \
+                        to 1, and moves nothing. Where TO has fewer nodes, they are taken in turn, \
+                        and where their numbers differ, pages that are on a node of TO stay."
 )]
 pub(crate) struct MigratepagesArgs {
     /// The process
@@ -29,7 +33,7 @@ pub(crate) struct MigratepagesArgs {
     #[arg(value_name = "FROM")]
     from: String,
 
-    /// Nodes that they go to: the first of FROM goes to the first of TO, and so on
+    /// Nodes that they go to: the lowest of FROM goes to the lowest of TO, and so on upwards
     #[arg(value_name = "TO")]
     to: String,
 }

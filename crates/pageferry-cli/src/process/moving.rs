@@ -107,7 +107,9 @@ pub(crate) struct MoveArgs {
     #[arg(long)]
     idle: bool,
 
-    /// Keep this much free on each destination [default: where the kernel begins to reclaim]
+    /// Keep this much free on each destination [default: where the kernel begins to reclaim]; with
+    /// less, such as 0, the kernel makes room there: it reclaims and swaps out pages of other
+    /// programs, and those of the program itself
     #[arg(long, value_name = "BYTES", value_parser = parse_size)]
     reserve: Option<u64>,
 
@@ -168,6 +170,13 @@ impl<'a> Plan<'a> {
                 "give one weight for each node, in the same order",
             ));
         }
+        if args.weights.contains(&0) {
+            return Err(Problem::bad_input(
+                "--weights with a 0",
+                "a node without a turn gets no page",
+                "give weights of 1 or more, and leave the node out of --to",
+            ));
+        }
         if args.range.is_some() && args.pid.len() != 1 {
             return Err(Problem::bad_input(
                 "--range with several processes",
@@ -175,7 +184,7 @@ impl<'a> Plan<'a> {
                 "name one process with --pid",
             ));
         }
-        let targets = args::targets(&args.pid, &args.groups);
+        let targets = args::targets(&args.pid, &args.groups)?;
         Ok(Self { args, machine, targets, from, nodes })
     }
 
@@ -263,14 +272,13 @@ impl<'a> Plan<'a> {
             Some(wish) => self.ask_and_move(&wish, bar, &mut moved)?,
             None => self.by_kernel(bar, &mut moved)?,
         }
-        moved.cancelled |= cancel::requested();
-        moved.elapsed = began.elapsed();
-        if self.args.dry_run {
+        if self.args.dry_run && !cancel::requested() {
             let (first, rate) = (self.nodes.first().copied(), self.args.rate);
             let latency = self.args.latency.unwrap_or(DEFAULT_CALL_LATENCY);
-            let estimate = estimate::estimate(&moved.lines, first, &self.machine, latency, rate);
-            moved.estimate = Some(estimate);
+            moved.estimate = estimate::estimate(&moved.lines, first, &self.machine, latency, rate);
         }
+        moved.cancelled |= cancel::requested();
+        moved.elapsed = began.elapsed();
         Ok(moved)
     }
 

@@ -17,6 +17,8 @@ use super::residency::{Told, told};
 pub(super) struct Moved {
     pub(super) dry_run: bool,
     pub(super) cancelled: bool,
+    /// Bytes that a cancelled move had not come to, about.
+    pub(super) not_looked_at: u64,
     /// Where to.
     pub(super) to: NodeList,
     pub(super) elapsed: Duration,
@@ -46,6 +48,7 @@ impl Moved {
         Self {
             dry_run,
             cancelled: false,
+            not_looked_at: 0,
             to,
             elapsed: Duration::ZERO,
             asked: Vec::new(),
@@ -85,6 +88,7 @@ impl Moved {
         self.retried_bytes += report.retried_bytes;
         self.workers = self.workers.max(report.workers);
         self.cancelled |= report.cancelled;
+        self.not_looked_at += report.not_looked_at;
     }
 
     /// Whether nothing could be looked at though nobody broke it off.
@@ -143,6 +147,7 @@ impl Moved {
             schema_version: 1,
             dry_run: self.dry_run,
             cancelled: self.cancelled,
+            not_looked_at: self.not_looked_at,
             complete: self.is_complete(),
             to: &self.to,
             elapsed_s: self.elapsed.as_secs_f64(),
@@ -171,6 +176,8 @@ pub(super) struct Document<'a> {
     schema_version: u32,
     dry_run: bool,
     cancelled: bool,
+    /// Bytes that a cancelled move had not come to: an estimate. They are in no line.
+    not_looked_at: u64,
     complete: bool,
     to: &'a NodeList,
     elapsed_s: f64,

@@ -10,7 +10,7 @@ use super::report::Moved;
 use super::residency_text::{counted, notes};
 use super::table::Table;
 use crate::output::{BOLD, DIM, YELLOW};
-use crate::size::size;
+use crate::size::{rate, size};
 
 pub(super) fn text(moved: &Moved) -> String {
     let mut out = String::new();
@@ -21,6 +21,10 @@ pub(super) fn text(moved: &Moved) -> String {
 
 fn write_text(moved: &Moved, out: &mut String) -> fmt::Result {
     headline(moved, out)?;
+    if moved.not_looked_at > 0 {
+        let bytes = size(moved.not_looked_at);
+        writeln!(out, "  {YELLOW}about {bytes} more were not looked at{YELLOW:#}")?;
+    }
     for asked in &moved.asked {
         of_asked(asked, out)?;
     }
@@ -61,15 +65,16 @@ fn headline(moved: &Moved, out: &mut String) -> fmt::Result {
     if moved.cancelled {
         write!(out, "{YELLOW}cancelled:{YELLOW:#} ")?;
     }
-    if let Some(estimate) = &moved.estimate {
+    if moved.dry_run {
         writeln!(
             out,
             "{BOLD}would move {}{BOLD:#} of {} to node {}; {processes}",
-            size(estimate.bytes),
+            size(moved.bytes(|outcome| outcome == Outcome::WouldMove)),
             size(all),
             moved.to,
         )?;
-        if estimate.bytes > 0 {
+        // None if it was cancelled before the cost was known.
+        if let Some(estimate) = moved.estimate.as_ref().filter(|estimate| estimate.bytes > 0) {
             writeln!(
                 out,
                 "  {}, about {}, about {}\n  {DIM}reckoned from {}{DIM:#}",
@@ -92,7 +97,7 @@ fn headline(moved: &Moved, out: &mut String) -> fmt::Result {
     )?;
     let seconds = moved.outside.as_secs_f64();
     if bytes > 0 && seconds > 0.0 {
-        write!(out, ", {:.2} GB/s", bytes as f64 / 1e9 / seconds)?;
+        write!(out, ", {}", rate(bytes as f64 / seconds))?;
     }
     if !moved.waited.is_zero() {
         write!(out, " after {} to see which pages are used", time(moved.waited))?;
@@ -195,7 +200,30 @@ fn time(time: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pageferry_topology::NodeList;
+
     use super::*;
+
+    #[test]
+    fn a_dry_run_that_was_cancelled_reckons_nothing_and_has_moved_nothing() {
+        let mut moved = Moved::new(true, NodeList::default());
+        moved.cancelled = true;
+        let plain = anstream::adapter::strip_str(&text(&moved)).to_string();
+        assert!(plain.starts_with("cancelled: would move 0 B of 0 B"), "{plain}");
+        assert!(!plain.contains("reckoned") && !plain.contains("moved"), "{plain}");
+        assert!(!plain.contains("not looked at"), "{plain}");
+    }
+
+    #[test]
+    fn what_a_cancelled_move_had_not_come_to_is_told_in_text_and_json() {
+        let mut moved = Moved::new(false, NodeList::default());
+        moved.cancelled = true;
+        moved.not_looked_at = 3 << 30;
+        let plain = anstream::adapter::strip_str(&text(&moved)).to_string();
+        assert!(plain.contains("about 3 GiB more were not looked at"), "{plain}");
+        let json = serde_json::to_value(moved.document()).expect("no maps in it");
+        assert_eq!(json["not_looked_at"], 3u64 << 30);
+    }
 
     #[test]
     fn whatever_can_keep_a_page_from_the_kernels_way_has_a_remedy() {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::{ArgGroup, Args};
 use pageferry::process::{
-    BigMapping, Holding, Kind, Note, Notes, ProcessResidency, TargetError, Where,
+    BigMapping, Holding, Kind, Note, Notes, ProcessResidency, Target, TargetError, Where,
 };
 use pageferry_topology::{Machine, NodeId};
 use serde::Serialize;
@@ -16,7 +16,7 @@ use super::{residency_text, trouble};
 use crate::cancel;
 use crate::cli::JsonArg;
 use crate::exit::Exit;
-use crate::output::Context;
+use crate::output::{self, Context};
 
 /// Ends a wait early enough for a signal to seem answered at once.
 const NAP: Duration = Duration::from_millis(50);
@@ -41,7 +41,8 @@ pub(crate) struct WhereArgs {
           value_parser = clap::value_parser!(u16).range(0..=10_000))]
     top: u16,
 
-    /// Look again every so many seconds, until it is ended or they have ended
+    /// Look again every so many seconds, until it is ended, nobody reads, or they have ended; a cgroup
+    /// that is empty from the start is waited for
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true,
           default_missing_value = "2", value_parser = seconds)]
     watch: Option<Duration>,
@@ -60,16 +61,29 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 pub(crate) fn run(args: &WhereArgs, context: &Context) -> anyhow::Result<Exit> {
+    let targets = args::targets(&args.pid, &args.groups)?;
     let Some(every) = args.watch else {
-        show(args, context, &look(args).map_err(|error| trouble::of_target(&error))?, "")?;
+        let found = look(args, &targets).map_err(|error| trouble::of_target(&error))?;
+        show(args, context, &found, "")?;
         return Ok(if cancel::requested() { Exit::Cancelled } else { Exit::Ok });
     };
     let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
-    let mut looked = false;
+    let (mut looked, mut had_some) = (false, false);
     while !cancel::requested() {
         let began = Instant::now();
-        match look(args) {
-            Ok(found) => show(args, context, &found, clear)?,
+        match look(args, &targets) {
+            // Nobody is left of what was not named by number.
+            Ok(found) if had_some && found.processes == 0 && !cancel::requested() => {
+                context.note("no process is left");
+                return Ok(Exit::Ok);
+            }
+            Ok(found) => {
+                had_some |= found.processes > 0;
+                show(args, context, &found, clear)?;
+                if output::is_reader_gone() {
+                    return Ok(Exit::Ok);
+                }
+            }
             Err(TargetError::NoProcess(pid) | TargetError::Zombie(pid)) if looked => {
                 context.note(format_args!("process {pid} has ended"));
                 return Ok(Exit::Ok);
@@ -88,8 +102,8 @@ pub(crate) fn run(args: &WhereArgs, context: &Context) -> anyhow::Result<Exit> {
     Ok(Exit::Cancelled)
 }
 
-fn look(args: &WhereArgs) -> Result<ProcessResidency, TargetError> {
-    let selection = args::selection(args::targets(&args.pid, &args.groups))
+fn look(args: &WhereArgs, targets: &[Target]) -> Result<ProcessResidency, TargetError> {
+    let selection = args::selection(targets.iter().cloned())
         .children(args.groups.children)
         .filter(args.filter.filter());
     Where::new(selection).top(args.top.into()).cancelled_by(cancel::requested_flag().clone()).look()

@@ -2,6 +2,7 @@
 
 use pageferry::process::{Notes, ProcessError, TargetError};
 use pageferry_sys::idle::BITMAP as IDLE_BITMAP;
+use pageferry_sys::peer::effective_user;
 use pageferry_topology::ReadError;
 
 use crate::exit::Exit;
@@ -33,8 +34,7 @@ pub(super) fn of_target(error: &TargetError) -> Problem {
         TargetError::Denied { pid, uid, source } => Problem::bad_input(
             format!("cannot look into process {pid} of user {uid}"),
             format!("it is not ours to look into: {source}"),
-            "run as that user or as root, or with CAP_SYS_PTRACE (and CAP_SYS_NICE to move what \
-             processes share); `pageferry doctor` says what is missing",
+            denied(effective_user()),
         ),
         TargetError::NoGroup(path) => Problem::bad_input(
             format!("cannot look at cgroup {}", path.display()),
@@ -60,6 +60,17 @@ pub(super) fn of_target(error: &TargetError) -> Problem {
             exit: Exit::Failed,
         },
     }
+}
+
+/// What this user can do where a process is not to be looked into.
+fn denied(user: u32) -> &'static str {
+    if user == 0 {
+        return "root is refused by a security module (SELinux, AppArmor), for want of \
+                CAP_SYS_PTRACE, or in a user namespace that is not the program's: run outside of \
+                the container, with CAP_SYS_PTRACE; `pageferry doctor` says what is missing";
+    }
+    "run as that user or as root, or with CAP_SYS_PTRACE (and CAP_SYS_NICE to move what processes \
+     share); `pageferry doctor` says what is missing"
 }
 
 /// A move that could not begin.
@@ -106,7 +117,8 @@ pub(super) fn of_move(error: &ProcessError) -> Problem {
             remedy:
                 "use a kernel with CONFIG_IDLE_PAGE_TRACKING=y, as root; or leave --min-age out"
                     .into(),
-            exit: Exit::Failed,
+            // As with any option that cannot be used here; nothing was tried.
+            exit: Exit::Usage,
         },
         ProcessError::IdlePagesDenied(errno) => Problem {
             what: "--min-age: which pages are idle is told to root alone".into(),
@@ -155,5 +167,16 @@ pub(super) fn nobody(notes: &Notes) -> Problem {
         because: why.join("; "),
         remedy: "name other processes, or run with the rights that `pageferry doctor` names".into(),
         exit: Exit::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_is_not_told_to_become_root() {
+        assert!(denied(1000).contains("as root"));
+        assert!(!denied(0).contains("as root") && denied(0).contains("CAP_SYS_PTRACE"));
     }
 }

@@ -78,6 +78,13 @@ pub enum Hindrance {
     Shared,
     /// It is the shared zero page.
     Zero,
+    /// Something else begins to migrate it when it is first asked for: so many times it is missing
+    /// (`ENOENT`), and the page map shows a migration entry, which it calls swapped.
+    Migrates(u32),
+    /// It is being migrated: so many more times it is missing.
+    Migrating(u32),
+    /// It is given back just before it is first asked for.
+    Vanishes,
 }
 
 /// A page: the node it is on, if it is there.
@@ -87,6 +94,29 @@ pub struct FakePage {
     pub node: Option<u32>,
     /// What keeps it there.
     pub hindrance: Option<Hindrance>,
+}
+
+impl FakePage {
+    /// Whether it is mapped, and whether something else than a page stands there.
+    fn mapped(&self) -> (bool, bool) {
+        let migrating = matches!(self.hindrance, Some(Hindrance::Migrating(_)));
+        (self.node.is_some() && !migrating, self.node.is_some() && migrating)
+    }
+
+    /// Whether it is missing for who asks now.
+    fn is_missing(&mut self) -> bool {
+        match self.hindrance {
+            Some(Hindrance::Migrates(times @ 1..) | Hindrance::Migrating(times @ 1..)) => {
+                self.hindrance = (times > 1).then_some(Hindrance::Migrating(times - 1));
+                true
+            }
+            Some(Hindrance::Vanishes) => {
+                (self.node, self.hindrance) = (None, None);
+                true
+            }
+            _ => self.node.is_none(),
+        }
+    }
 }
 
 /// A mapping and its pages.
@@ -152,6 +182,8 @@ struct State {
     idle: Idle,
     no_scan: bool,
     only_own: bool,
+    own_nodes: String,
+    pools: BTreeMap<(u32, usize), u64>,
     per_page: Duration,
     now: Duration,
 }
@@ -205,6 +237,16 @@ impl FakeKernel {
     /// The caller has no `CAP_SYS_NICE`.
     pub fn without_rights(&self) {
         self.lock().only_own = true;
+    }
+
+    /// The cpuset of the caller allows these nodes, as a list.
+    pub fn own_cpuset(&self, nodes: &str) {
+        self.lock().own_nodes = nodes.into();
+    }
+
+    /// So many bytes in hugetlb pages of a size are set aside on a node, and free.
+    pub fn pool(&self, node: u32, page_bytes: usize, bytes: u64) {
+        self.lock().pools.insert((node, page_bytes), bytes);
     }
 
     /// Moving a base page takes this long.

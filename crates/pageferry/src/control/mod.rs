@@ -2,7 +2,7 @@
 //! its regions, with the library's own copies and within a stall budget, instead of having them
 //! moved from outside by `move_pages(2)`.
 //!
-//! A program opts in with [`Engine::listen`](crate::Engine::listen). Who asks uses [`ask`]; the
+//! A program opts in with [`Engine::listen`](crate::Engine::listen). Who asks uses [`ask`] or [`ask_until`]; the
 //! command `pageferry move --pid` does.
 //!
 //! # The socket
@@ -21,7 +21,7 @@
 mod client;
 mod server;
 
-pub use client::{AskError, ask};
+pub use client::{AskError, ask, ask_until};
 pub use server::{ListenError, Listener};
 
 use crate::report::Report;
@@ -164,4 +164,10 @@ fn line(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     Ok(line)
+}
+
+/// Whether a read that failed may be tried again.
+fn is_passing(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{Interrupted, TimedOut, WouldBlock};
+    matches!(error.kind(), WouldBlock | TimedOut | Interrupted)
 }

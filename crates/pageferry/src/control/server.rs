@@ -5,7 +5,10 @@
 //! thread for longer than a second but a move that it asked for, and dropping the listener ends
 //! that.
 
-use super::{Answer, LINE, Request, Summary, TICK, VERSION, folders, line, read_line, socket_name};
+use super::{
+    Answer, LINE, Request, Summary, TICK, VERSION, folders, is_passing, line, read_line,
+    socket_name,
+};
 use crate::Rights;
 use crate::engine::Engine;
 use crate::request::{Handle, Part};
@@ -211,11 +214,6 @@ fn receive(mut stream: &UnixStream, stop: &AtomicBool) -> std::io::Result<Option
         }
     }
     read_line(&mut &text[..])
-}
-
-fn is_passing(error: &std::io::Error) -> bool {
-    use ErrorKind::{Interrupted, TimedOut, WouldBlock};
-    matches!(error.kind(), WouldBlock | TimedOut | Interrupted)
 }
 
 /// Moves region after region.

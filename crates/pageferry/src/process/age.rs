@@ -102,6 +102,7 @@ impl Mover<'_> {
             return Ok(());
         }
         self.pick(piece);
+        self.missing.clear();
         let mut result = Ok(());
         for items in &mut self.picked {
             if let Err(errno) = self.look.mark(pages, &*process.view, items)
@@ -130,7 +131,7 @@ impl Mover<'_> {
         items.retain(|item| {
             let is_old = idle.next().is_some_and(|idle| *idle);
             if !is_old {
-                let Item { address, page_bytes, kind } = *item;
+                let Item { address, page_bytes, kind, .. } = *item;
                 self.tally.page(process.pid, kind, address, page_bytes, Outcome::Young);
             }
             is_old

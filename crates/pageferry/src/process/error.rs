@@ -96,6 +96,19 @@ pub enum ProcessError {
         /// The nodes that it may use, as a list.
         allowed: String,
     },
+    /// The cpuset of this program itself does not allow a destination. `move_pages(2)` takes
+    /// memory as its caller may, whosever pages it moves.
+    #[error(
+        "this program itself may not have memory on node {node}, nor move pages of others there: \
+         its own cpuset allows {allowed}; run it outside of that cpuset (in another cgroup or \
+         container), or change cpuset.mems of its cgroup"
+    )]
+    OwnCpuset {
+        /// The destination.
+        node: NodeId,
+        /// The nodes that this program may use, as a list.
+        allowed: String,
+    },
     /// An option makes no sense.
     #[error(transparent)]
     Option(#[from] OptionError),

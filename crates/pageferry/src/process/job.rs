@@ -4,7 +4,7 @@ use super::age::Age;
 use super::control::Control;
 use super::mover::Mover;
 use super::notes::{Note, Notes};
-use super::pace::{Growth, MAX_CHUNK, Rate};
+use super::pace::{Chunk, Growth, MAX_CHUNK, Rate};
 use super::place::Placement;
 use super::report::{ProcessReport, Tally};
 use super::room::Room;
@@ -153,10 +153,20 @@ impl Job {
         };
         report.notes.extend(self.notes);
         report.notes.extend(of_age);
-        let walk = self.work.into_walk();
+        let mut walk = self.work.into_walk();
+        let ahead = if report.cancelled { walk.ahead() } else { 0 };
         report.processes = walk.processes;
         report.notes.extend(walk.notes);
+        let slow_calls: u64 = tallies.iter().map(|tally| tally.slow_calls).sum();
         tallies.into_iter().chain([tally]).for_each(|tally| report.add(tally));
+        report.not_looked_at = ahead.saturating_sub(report.bytes_looked_at());
+        if slow_calls * 2 > report.calls.count() {
+            report.notes.add(Note::SlowCalls {
+                median_us: micros(report.calls.quantile(0.5)),
+                target_us: micros(self.latency),
+                least_pages: Chunk::new(self.latency, false).least(),
+            });
+        }
         report.tidy();
         report.elapsed = began.elapsed();
         self.control.finished.store(true, Ordering::Relaxed);
@@ -224,4 +234,8 @@ impl Job {
         }
         mover.tally
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

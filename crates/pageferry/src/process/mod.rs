@@ -15,15 +15,19 @@
 //! - What a process does meanwhile (end, exec, fork, map, unmap) is a [`Note`], not an error.
 //! - Nothing spins; every retry is bounded.
 //!
-//! What can go wrong: `move_pages(2)` takes a pid, which may be another process's by the time of
-//! the call, if this one ended and was waited for. A pidfd tells afterwards; at worst pages of
-//! another process were moved, which changes where they are and not what they hold.
+//! What can go wrong:
+//! - The walk does not see a page that somebody else (compaction, another mover) is migrating at the
+//!   moment of its scan: the page map shows it as swapped out. Like what is, it is in no line.
+//! - `move_pages(2)` takes a pid, which may be another process's by the time of the call, if this one
+//!   ended and was waited for. A pidfd tells afterwards; at worst pages of another process were
+//!   moved, which changes where they are and not what they hold.
 
 mod age;
 mod control;
 mod cost;
 mod error;
 mod job;
+mod missing;
 mod mover;
 mod notes;
 mod pace;
@@ -36,6 +40,7 @@ mod retry;
 mod room;
 mod seen;
 mod select;
+mod send;
 mod targets;
 mod walk;
 mod work;

@@ -13,23 +13,22 @@
 //! and because it has a status the queue is moved there and then. Of folios that the page table maps
 //! page by page (64 KiB ones, huge pages that were split in the table) each would be a queue of its
 //! own, with its own TLB flushes. So once some are met, a call names pages in another order
-//! ([`folios_apart`]), and the queue ends once for all of them.
+//! ([`folios_apart`](super::send)), and the queue ends once for all of them.
 
 use super::age::Look;
 use super::job::Job;
+use super::missing::PageMap;
 use super::notes::Note;
 use super::pace::Chunk;
 use super::piece::{Piece, Span};
 use super::place::Decision;
 use super::report::Tally;
-use super::retry::{may_pass, outcome_of, spacing};
+use super::retry::{may_pass, outcome_of};
 use super::select::Kind;
 use super::targets::Process;
-use crate::report::{Busy, Outcome, Shortage};
+use crate::report::{Busy, Outcome};
 use pageferry_sys::process::UNTOLD;
 use pageferry_sys::{Errno, page_size};
-use std::cmp::Reverse;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Where a call has met folios that are mapped page by page, so many more calls expect them.
@@ -41,14 +40,16 @@ pub(super) struct Item {
     pub(super) address: usize,
     pub(super) page_bytes: usize,
     pub(super) kind: Kind,
+    /// It was found on a node before, not on its destination.
+    pub(super) seen: bool,
 }
 
 #[derive(Debug)]
 pub(super) struct Mover<'j> {
     pub(super) job: &'j Job,
     pub(super) tally: Tally,
-    base: Chunk,
-    huge: Chunk,
+    pub(super) base: Chunk,
+    pub(super) huge: Chunk,
     addresses: Vec<usize>,
     nodes: Vec<i32>,
     status: Vec<i32>,
@@ -56,12 +57,15 @@ pub(super) struct Mover<'j> {
     pub(super) picked: Vec<Vec<Item>>,
     /// Indices of what is asked for once more.
     unclear: Vec<usize>,
-    failed: Vec<(Item, Errno)>,
+    pub(super) failed: Vec<(Item, Errno)>,
+    /// What the kernel says is not there (`ENOENT`).
+    pub(super) missing: Vec<Item>,
     /// Pages of the piece were not there any more.
-    lost: bool,
+    pub(super) lost: bool,
     /// For so many calls more, folios that are mapped page by page are expected.
-    folios: u32,
+    pub(super) folios: u32,
     pub(super) look: Look,
+    pub(super) page_map: PageMap,
 }
 
 impl<'j> Mover<'j> {
@@ -77,9 +81,11 @@ impl<'j> Mover<'j> {
             picked: vec![Vec::new(); job.placement.nodes.len()],
             unclear: Vec::new(),
             failed: Vec::new(),
+            missing: Vec::new(),
             lost: false,
             folios: 0,
             look: Look::default(),
+            page_map: PageMap::default(),
         }
     }
 
@@ -103,14 +109,11 @@ impl<'j> Mover<'j> {
         for index in 0..self.picked.len() {
             let mut items = std::mem::take(&mut self.picked[index]);
             self.leave_young(process, &mut items);
-            if self.job.dry_run {
-                self.settle(process, &items, Outcome::WouldMove);
-            } else {
-                self.send(process, index, &mut items, piece.tries);
-            }
+            self.send(process, index, &mut items, piece.tries);
             items.clear();
             self.picked[index] = items;
         }
+        self.clear_missing(process, piece.tries);
         self.keep_failed(process, piece.tries);
         if std::mem::take(&mut self.lost) {
             self.job.work.look_again(process);
@@ -126,7 +129,7 @@ impl<'j> Mover<'j> {
         piece.process.view.nodes(&self.addresses, &mut self.status)
     }
 
-    fn all(&mut self, piece: &Piece, outcome: Outcome) {
+    pub(super) fn all(&mut self, piece: &Piece, outcome: Outcome) {
         self.note_end(&piece.process, outcome);
         for span in &piece.spans {
             for address in span.addresses() {
@@ -146,17 +149,21 @@ impl<'j> Mover<'j> {
                 let outcome = match u32::try_from(told) {
                     Ok(on) => match self.job.placement.decide(address, page_bytes, on) {
                         // What failed before and is there now has moved.
-                        Decision::There if piece.tries > 0 => Outcome::Moved,
+                        Decision::There if piece.seen && !self.job.dry_run => Outcome::Moved,
                         Decision::There => Outcome::AlreadyThere,
                         Decision::NotAsked => Outcome::NotAsked,
                         Decision::To(to) => {
-                            self.picked[to].push(Item { address, page_bytes, kind });
+                            self.picked[to].push(Item { address, page_bytes, kind, seen: true });
                             continue;
                         }
                     },
+                    Err(_) if told == -libc::ENOENT => {
+                        self.missing.push(Item { address, page_bytes, kind, seen: piece.seen });
+                        continue;
+                    }
                     Err(_) => outcome_of(Errno(told.saturating_neg()), page_bytes, kind),
                 };
-                self.lost |= matches!(outcome, Outcome::Gone | Outcome::Unmapped);
+                self.lost |= outcome == Outcome::Unmapped;
                 self.tally.page(pid, kind, address, page_bytes, outcome);
             }
         }
@@ -176,79 +183,15 @@ impl<'j> Mover<'j> {
         }
     }
 
-    /// Moves pages to the node of this index, or to later ones where that is full.
-    fn send(&mut self, process: &Process, index: usize, items: &mut [Item], tries: u32) {
-        let mut rest = items;
-        while let Some(first) = rest.first() {
-            if self.job.control.is_cancelled() {
-                return self.settle(process, rest, Outcome::Cancelled);
-            }
-            if process.has_ended() {
-                return self.settle(process, rest, Outcome::Exited);
-            }
-            let page_bytes = first.page_bytes;
-            let chunk = if page_bytes > page_size() { &self.huge } else { &self.base };
-            let most = self.job.most_at_once(page_bytes).min(chunk.pages());
-            // Hugetlb pages come from a pool of their own.
-            let pooled = first.kind == Kind::Hugetlb;
-            let is_alike =
-                |i: &&Item| i.page_bytes == page_bytes && (i.kind == Kind::Hugetlb) == pooled;
-            let alike = rest.iter().take(most).take_while(is_alike).count();
-            let want = (alike * page_bytes) as u64;
-            let set_aside = if pooled { self.set_aside(index, page_bytes) } else { None };
-            let given = match set_aside {
-                Some((to, bytes)) => Some((to, bytes.min(want))),
-                None => self.room(index, want, page_bytes as u64),
-            };
-            let Some((to, granted)) = given else {
-                let node = self.job.placement.nodes[index];
-                self.tally.notes.add(Note::NodeFull { node });
-                let (here, more) = rest.split_at_mut(alike);
-                self.settle(process, here, Outcome::NoFrame(Shortage::Reserve));
-                rest = more;
-                continue;
-            };
-            let count = usize::try_from(granted / page_bytes as u64).unwrap_or(alike).min(alike);
-            self.job.pace((count * page_bytes) as u64);
-            if self.folios > 0 && page_bytes == page_size() {
-                folios_apart(&mut rest[..count]);
-            }
-            let (done, moved) = self.call(process, to, &rest[..count], tries);
-            if set_aside.is_none() {
-                self.job.room.settle(to, granted, moved);
-            }
-            self.job.control.moved.fetch_add(moved, Ordering::Relaxed);
-            rest = &mut rest[done..];
-        }
-    }
-
-    /// Hugetlb pages that are set aside and free: on which node, and how many bytes. Taking them
-    /// takes no free memory from the node.
-    fn set_aside(&self, index: usize, page_bytes: usize) -> Option<(usize, u64)> {
-        let last = if self.job.placement.spills { self.picked.len() } else { index + 1 };
-        (index..last).find_map(|to| {
-            let node = self.job.placement.nodes[to].get();
-            let free = self.job.kernel.hugetlb_free(node, page_bytes).unwrap_or(0);
-            (free >= page_bytes as u64).then_some((to, free))
-        })
-    }
-
-    /// Free memory for at least one page: on which node, and how much.
-    fn room(&self, index: usize, want: u64, page: u64) -> Option<(usize, u64)> {
-        let last = if self.job.placement.spills { self.picked.len() } else { index + 1 };
-        (index..last).find_map(|to| {
-            let granted = self.job.room.take(to, want);
-            if granted >= page {
-                return Some((to, granted));
-            }
-            self.job.room.settle(to, granted, 0);
-            None
-        })
-    }
-
     /// One call, for pages of one size. Returns how many of them it is done with, at least one,
     /// and how many bytes it moved.
-    fn call(&mut self, process: &Process, to: usize, items: &[Item], tries: u32) -> (usize, u64) {
+    pub(super) fn call(
+        &mut self,
+        process: &Process,
+        to: usize,
+        items: &[Item],
+        tries: u32,
+    ) -> (usize, u64) {
         let node = self.job.placement.nodes[to];
         let told = i32::try_from(node.get()).unwrap_or(-1);
         self.addresses.clear();
@@ -268,8 +211,8 @@ impl<'j> Mover<'j> {
         let refused = match result {
             _ if ended => Some(Outcome::Exited),
             Err(Errno(libc::EACCES)) => {
-                self.tally.notes.add(Note::Forbidden { pid: process.pid, node });
-                Some(Outcome::NoFrame(Shortage::Forbidden))
+                self.forbid(process, items, node);
+                return (items.len(), 0);
             }
             Err(Errno(libc::EPERM)) if shared => {
                 // The right was taken away meanwhile.
@@ -307,6 +250,10 @@ impl<'j> Mover<'j> {
                 }
                 negative => Errno(negative.saturating_neg()),
             };
+            if errno == Errno(libc::ENOENT) {
+                self.missing.push(*item);
+                continue;
+            }
             if may_pass(errno) && tries < self.job.retries {
                 self.failed.push((*item, errno));
                 continue;
@@ -315,11 +262,14 @@ impl<'j> Mover<'j> {
                 self.tally.notes.add(Note::SharedLeft { bytes: item.page_bytes as u64 });
             }
             let outcome = outcome_of(errno, item.page_bytes, item.kind);
-            self.lost |= matches!(outcome, Outcome::Gone | Outcome::Unmapped);
+            self.lost |= outcome == Outcome::Unmapped;
             self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
         }
         let page_bytes = items.first().map_or(0, |i| i.page_bytes);
         let chunk = if page_bytes > page_size() { &mut self.huge } else { &mut self.base };
+        if took > self.job.latency && items.len() <= chunk.least() {
+            self.tally.slow_calls += 1;
+        }
         // A call that failed early says little of what its pages would have taken.
         if moved * 2 >= items.len() || took > self.job.latency {
             chunk.learn(items.len(), took);
@@ -369,44 +319,4 @@ impl<'j> Mover<'j> {
         }
         done
     }
-
-    /// Keeps what failed to be tried again.
-    fn keep_failed(&mut self, process: &Arc<Process>, tries: u32) {
-        if self.failed.is_empty() {
-            return;
-        }
-        let mut piece = Piece::new(Arc::clone(process));
-        piece.tries = tries + 1;
-        piece.due = self.job.kernel.now() + spacing(tries);
-        self.failed.sort_unstable_by_key(|(item, _)| item.address);
-        for (item, _) in &self.failed {
-            let Item { address: start, page_bytes, kind } = *item;
-            piece.push(Span { start, end: start + page_bytes, page_bytes, kind, mapping: 0 });
-        }
-        let bytes = piece.bytes as u64;
-        if self.job.work.try_later(piece).is_err() {
-            self.tally.notes.add(Note::NotRetried { bytes });
-            for (item, errno) in std::mem::take(&mut self.failed) {
-                let outcome = outcome_of(errno, item.page_bytes, item.kind);
-                self.tally.page(process.pid, item.kind, item.address, item.page_bytes, outcome);
-            }
-        }
-        self.failed.clear();
-    }
-
-    /// Settles what was to be tried again when the move ended before.
-    pub(super) fn leave(&mut self, piece: &Piece) {
-        self.all(piece, Outcome::Cancelled);
-    }
-}
-
-/// Orders base pages so that those of one folio are far apart, whatever its size: a folio's pages
-/// are a block that is aligned to its size, so the one whose number has the most factors of two is
-/// alone in that among the folio's, and comes before all others, of its own and of all folios of
-/// this size. By the time that a second page of a folio comes, all are queued.
-fn folios_apart(items: &mut [Item]) {
-    items.sort_unstable_by_key(|item| {
-        let number = item.address / page_size();
-        (Reverse(number.trailing_zeros()), number)
-    });
 }

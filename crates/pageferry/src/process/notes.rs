@@ -132,6 +132,21 @@ pub enum Note {
         /// Bytes.
         bytes: u64,
     },
+    /// Pages were swapped out while they were looked at, and stay so; or somebody else was
+    /// migrating them each time that they were asked for, which looks the same.
+    SwappedOut {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// Most calls took longer than the latency target although they were as small as calls get.
+    SlowCalls {
+        /// What half of the calls took at most, in microseconds.
+        median_us: u64,
+        /// The target, in microseconds.
+        target_us: u64,
+        /// Base pages that calls are not cut below.
+        least_pages: usize,
+    },
     /// Too many scattered pieces of shared memory to remember: what several mappings have in
     /// common is counted more than once.
     CountedTwice,
@@ -204,6 +219,16 @@ impl fmt::Display for Note {
             Self::NotRetried { bytes } => {
                 write!(f, "{bytes} bytes were not tried again: too many pages failed at once")
             }
+            Self::SwappedOut { bytes } => write!(
+                f,
+                "{bytes} bytes were swapped out while they were looked at, and stay so (run it \
+                 again if there is no swap: somebody else was migrating them)"
+            ),
+            Self::SlowCalls { median_us, target_us, least_pages } => write!(
+                f,
+                "calls took {median_us} us, longer than the target of {target_us} us: pages are \
+                 slow here, and calls are not cut below {least_pages} pages, or one huge page"
+            ),
             Self::CountedTwice => {
                 f.write_str("shared memory is counted once for each process that maps it")
             }
@@ -239,6 +264,7 @@ impl Note {
             }
             (Self::SharedLeft { bytes }, Self::SharedLeft { bytes: b })
             | (Self::NotRetried { bytes }, Self::NotRetried { bytes: b })
+            | (Self::SwappedOut { bytes }, Self::SwappedOut { bytes: b })
             | (Self::MoreChanging { bytes }, Self::MoreChanging { bytes: b }) => (bytes, b),
             (Self::Zombies { processes }, Self::Zombies { processes: p })
             | (Self::KernelThreads { processes }, Self::KernelThreads { processes: p })

@@ -49,6 +49,11 @@ impl Chunk {
         Self { target_ns, ns_per_page: None, pages, least }
     }
 
+    /// Calls are not cut below so many pages.
+    pub(super) fn least(&self) -> usize {
+        self.least
+    }
+
     /// How many pages the next call may have.
     pub(super) fn pages(&self) -> usize {
         self.pages

@@ -44,6 +44,8 @@ pub(super) struct Piece {
     pub(super) mappings: Vec<(Vma, Kind)>,
     /// How often these pages were tried before.
     pub(super) tries: u32,
+    /// They were found on nodes before, not on their destinations.
+    pub(super) seen: bool,
     /// When they are to be tried.
     pub(super) due: Duration,
 }
@@ -57,6 +59,7 @@ impl Piece {
             bytes: 0,
             mappings: Vec::new(),
             tries: 0,
+            seen: false,
             due: Duration::ZERO,
         }
     }

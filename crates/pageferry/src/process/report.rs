@@ -68,6 +68,10 @@ pub struct ProcessReport {
     pub workers: usize,
     /// Whether it was cancelled. Pages that it had not come to are in no line.
     pub cancelled: bool,
+    /// Bytes that a cancelled move had not come to: what the kernel counts as resident of the
+    /// processes found until then and of the kinds asked for, without what was looked at. An
+    /// estimate; names of mappings that were asked for are not considered. 0 if it came to all.
+    pub not_looked_at: u64,
     /// Whether it was a dry run.
     pub dry_run: bool,
 }
@@ -165,6 +169,8 @@ pub(super) struct Tally {
     pub(super) notes: Notes,
     pub(super) calls: Holes,
     pub(super) retried_bytes: u64,
+    /// Calls that were as small as calls get and took longer than they should.
+    pub(super) slow_calls: u64,
 }
 
 impl Tally {

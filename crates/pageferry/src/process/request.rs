@@ -10,7 +10,7 @@ use super::place::{Destination, Placement};
 use super::report::ProcessReport;
 use super::room::Room;
 use super::select::Selection;
-use super::targets::Targets;
+use super::targets::{Targets, allowed_nodes};
 use super::walk::Walk;
 use super::work::Work;
 use super::{Priority, ProcessProgress, Reserve};
@@ -221,7 +221,14 @@ impl ProcessMove {
         let mut notes = Notes::default();
         let (targets, statuses) = Targets::check(&*self.kernel, &self.selection, &mut notes)?;
         for status in &statuses {
-            may_go(status, &placement.nodes)?;
+            if let Some((node, allowed)) = forbidden(status, &placement.nodes) {
+                return Err(ProcessError::Forbidden { pid: status.tgid, node, allowed });
+            }
+        }
+        // The kernel allocates for the caller: it would say that the node has no memory.
+        let own = self.kernel.own_status().unwrap_or_default();
+        if let Some((node, allowed)) = forbidden(&own, &placement.nodes) {
+            return Err(ProcessError::OwnCpuset { node, allowed });
         }
         if targets.lacks_numa() {
             return Err(ProcessError::NoNuma(Errno(libc::ENOSYS)));
@@ -304,16 +311,11 @@ fn go(job: Job) -> Result<ProcessReport, ProcessError> {
         .map_err(|panic| ProcessError::Panicked(panic_text(&*panic)))
 }
 
-/// Whether a process may have memory on the nodes.
-fn may_go(status: &Status, nodes: &[NodeId]) -> Result<(), ProcessError> {
-    // What cannot be read forbids nothing: the kernel will say.
-    let Ok(allowed) = status.nodes_allowed.parse::<NodeList>() else { return Ok(()) };
-    match nodes.iter().find(|n| !allowed.is_empty() && !allowed.contains(**n)) {
-        Some(&node) => {
-            Err(ProcessError::Forbidden { pid: status.tgid, node, allowed: allowed.to_string() })
-        }
-        None => Ok(()),
-    }
+/// A node that a process may not have memory on, and those that it may.
+fn forbidden(status: &Status, nodes: &[NodeId]) -> Option<(NodeId, String)> {
+    let allowed = allowed_nodes(status)?;
+    let node = nodes.iter().find(|node| !allowed.contains(**node))?;
+    Some((*node, allowed.to_string()))
 }
 
 /// The CPUs nearest to the destinations, where that says anything.

@@ -9,6 +9,7 @@ use super::Reserve;
 use pageferry_sys::process::ProcessKernel;
 use pageferry_topology::NodeId;
 use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,6 +33,8 @@ struct NodeRoom {
 pub(super) struct Room {
     kernel: Arc<dyn ProcessKernel>,
     nodes: Vec<Mutex<NodeRoom>>,
+    /// Hugetlb pages that a dry run counts on, in bytes by node and page size.
+    promised: Mutex<HashMap<(usize, usize), u64>>,
 }
 
 impl Room {
@@ -45,7 +48,20 @@ impl Room {
             Mutex::new(NodeRoom { node, reserve, left: 0, under_way: 0, read: None })
         };
         let nodes = nodes.iter().map(of).collect();
-        Self { kernel, nodes }
+        Self { kernel, nodes, promised: Mutex::default() }
+    }
+
+    /// Bytes in free hugetlb pages of this size that are set aside on the node of this index.
+    pub(super) fn set_aside(&self, index: usize, page_bytes: usize) -> u64 {
+        let node = self.nodes[index].lock().node.get();
+        let free = self.kernel.hugetlb_free(node, page_bytes).unwrap_or(0);
+        let promised = self.promised.lock().get(&(index, page_bytes)).copied().unwrap_or(0);
+        free.saturating_sub(promised)
+    }
+
+    /// A dry run counts on so many bytes of them.
+    pub(super) fn promise(&self, index: usize, page_bytes: usize, bytes: u64) {
+        *self.promised.lock().entry((index, page_bytes)).or_insert(0) += bytes;
     }
 
     /// Grants up to `want` bytes on the node of this index; less where there is less.

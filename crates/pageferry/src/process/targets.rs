@@ -7,6 +7,7 @@ use super::select::Selection;
 use pageferry_sys::Errno;
 use pageferry_sys::process::{ProcessKernel, ProcessView};
 use pageferry_sys::procfs::Status;
+use pageferry_topology::{NodeId, NodeList};
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub(super) struct Process {
     /// The program that was last begun with, and how many it has executed since the first.
     image: AtomicU64,
     execs: AtomicU32,
+    /// The nodes that its cpuset allowed when it was opened.
+    allowed: Option<NodeList>,
 }
 
 impl Process {
@@ -73,8 +76,14 @@ impl Process {
             noted: AtomicBool::default(),
             image: AtomicU64::default(),
             execs: AtomicU32::default(),
+            allowed: allowed_nodes(&status),
         };
         Ok((Arc::new(process), status))
+    }
+
+    /// Whether its cpuset allows memory on this node, as far as is known.
+    pub(super) fn may_have(&self, node: NodeId) -> bool {
+        self.allowed.as_ref().is_none_or(|allowed| allowed.contains(node))
     }
 
     /// Whether it was found to have ended.
@@ -124,6 +133,12 @@ impl Process {
         }
         self.is_gone()
     }
+}
+
+/// The nodes that a process may have memory on. What cannot be read forbids nothing: the kernel
+/// will say.
+pub(super) fn allowed_nodes(status: &Status) -> Option<NodeList> {
+    status.nodes_allowed.parse().ok().filter(|allowed: &NodeList| !allowed.is_empty())
 }
 
 /// The refusal of a process that was not named itself.

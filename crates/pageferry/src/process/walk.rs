@@ -114,6 +114,16 @@ impl Walk {
         !self.queue.is_empty()
     }
 
+    /// Bytes that are resident, if the walk has not come to the end of them; 0 if it has.
+    pub(super) fn ahead(&mut self) -> u64 {
+        // Cancelled before it began, nobody has been looked for.
+        if self.rounds == 0 {
+            self.find();
+        }
+        let over = self.current.is_none() && self.queue.is_empty();
+        if over { 0 } else { self.resident }
+    }
+
     /// The next piece; `None`: everything found so far has been walked over.
     pub(super) fn next_piece(&mut self) -> Option<Piece> {
         let mut piece: Option<Piece> = None;

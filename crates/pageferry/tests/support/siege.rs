@@ -277,7 +277,8 @@ pub fn siege(
     let what = format!("{order:?}, huge: {huge}");
     let _watchdog = Watchdog::new(&what);
     let _told = Told(&what);
-    let len = if super::is_guest() { 4 * HUGE } else { 8 * HUGE };
+    let (before, len) =
+        if super::is_guest() { (HUGE / 2, 4 * HUGE) } else { (5 * HUGE / 2, 8 * HUGE) };
     let start = far_address();
     map_at(start, len);
     advise(start..start + len, if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
@@ -285,8 +286,8 @@ pub fn siege(
     let region = unsafe { engine.adopt(ptr(start).cast(), len, IoPins::Possible) };
     let region = Arc::new(region.expect("aligned"));
     super::fill(&region, 0..len);
-    // A huge page at least, and neither end at the boundary of one.
-    let victim = len / 4 - HUGE / 2..len * 5 / 8 + HUGE / 4;
+    // Two whole huge pages, and neither end at the boundary of one.
+    let victim = before..before + 2 * HUGE + 3 * HUGE / 4;
     let around = [0..victim.start, victim.end..len];
     let racers = Racers::start_on(&region, &around, 1, 1);
     let mover = Mover::start(engine, &region, order);

@@ -1,7 +1,7 @@
 //! The calls of the made-up kernel.
 
 use super::idle::frame_of;
-use super::{FakeKernel, FakePage, Hindrance, ProcessOp, page_at};
+use super::{FakeKernel, Hindrance, ProcessOp, page_at};
 use crate::idle::IdlePages;
 use crate::pagemap::{Categories, Entry, Run};
 use crate::process::{Backings, ProcessKernel, ProcessView};
@@ -18,6 +18,10 @@ impl ProcessKernel for FakeKernel {
         let found = state.processes.contains_key(&pid);
         found.then_some(()).ok_or(Errno(libc::ESRCH))?;
         Ok(Arc::new(FakeView { kernel: self.clone(), pid }))
+    }
+    fn own_status(&self) -> Result<Status, Errno> {
+        let nodes_allowed = self.lock().own_nodes.clone();
+        Ok(Status { tgid: std::process::id(), nodes_allowed, ..Status::default() })
     }
     fn find_group(&self, path: &Path) -> Option<PathBuf> {
         self.lock().groups.contains_key(path).then(|| path.to_path_buf())
@@ -49,6 +53,9 @@ impl ProcessKernel for FakeKernel {
         let mut state = self.lock();
         state.check(ProcessOp::IdlePages)?;
         state.idle.tracked.then(|| Arc::new(self.clone()) as _).ok_or(Errno(libc::ENOENT))
+    }
+    fn hugetlb_free(&self, node: u32, page_bytes: usize) -> Result<u64, Errno> {
+        Ok(self.lock().pools.get(&(node, page_bytes)).copied().unwrap_or(0))
     }
     fn now(&self) -> Duration {
         self.lock().now
@@ -130,7 +137,9 @@ impl ProcessView for FakeView {
                 let from = (vma.vma.start + index * vma.page_bytes).max(start);
                 let to = (vma.vma.start + (index + 1) * vma.page_bytes).min(end);
                 let mut is = Categories::empty();
-                is.set(Categories::PRESENT, page.node.is_some());
+                let (present, swapped) = page.mapped();
+                is.set(Categories::PRESENT, present);
+                is.set(Categories::SWAPPED, swapped);
                 is.set(Categories::PFN_ZERO, page.hindrance == Some(Hindrance::Zero));
                 is.set(Categories::HUGE, vma.page_bytes > page_size());
                 is.set(Categories::FILE, vma.vma.inode != 0);
@@ -158,9 +167,9 @@ impl ProcessView for FakeView {
         for (index, entry) in out.iter_mut().enumerate() {
             let address = start + index * page_size();
             let page = page_at(process, address);
-            let present = page.is_some_and(|(p, _)| p.node.is_some());
+            let (present, swapped) = page.map_or((false, false), |(page, _)| page.mapped());
             let frame = if present && !hidden { frame_of(self.pid, address) } else { 0 };
-            *entry = Entry(u64::from(present) << 63 | frame);
+            *entry = Entry(u64::from(present) << 63 | u64::from(swapped) << 62 | frame);
         }
         Ok(())
     }
@@ -169,10 +178,13 @@ impl ProcessView for FakeView {
         state.check(ProcessOp::Nodes)?;
         let process = state.living(self.pid)?;
         for (&address, told) in pages.iter().zip(status) {
-            *told = match page_at(process, address).map(|(p, _)| *p) {
-                None | Some(FakePage { hindrance: Some(Hindrance::Zero), .. }) => -libc::EFAULT,
-                Some(FakePage { node: None, .. }) => -libc::ENOENT,
-                Some(FakePage { node: Some(node), .. }) => i32::try_from(node).unwrap_or(-1),
+            *told = match page_at(process, address) {
+                None => -libc::EFAULT,
+                Some((page, _)) if page.hindrance == Some(Hindrance::Zero) => -libc::EFAULT,
+                Some((page, _)) => match (page.is_missing(), page.node) {
+                    (false, Some(node)) => i32::try_from(node).unwrap_or(-1),
+                    _ => -libc::ENOENT,
+                },
             };
         }
         Ok(())

@@ -91,10 +91,11 @@ impl State {
             let vma = process.vmas.iter().find(|v| v.vma.range().contains(&address));
             let vma = vma.filter(|vma| vma.folio_bytes > vma.page_bytes);
             let folio = vma.map(|vma| folio_start(vma, address));
+            let missing = page_at(process, address).is_some_and(|(page, _)| page.is_missing());
             let told = match page_at(process, address) {
                 None => -libc::EFAULT,
                 Some((FakePage { hindrance: Some(Hindrance::Zero), .. }, _)) => -libc::EFAULT,
-                Some((FakePage { node: None, .. }, _)) => -libc::ENOENT,
+                Some(_) if missing => -libc::ENOENT,
                 Some((page, _)) if page.node == Some(node) => i32::try_from(node).unwrap_or(-1),
                 Some(_) if folio.is_some_and(|folio| !queued.insert(folio)) => -libc::EBUSY,
                 Some((page, _)) => match &mut page.hindrance {
