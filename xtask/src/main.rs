@@ -1,9 +1,11 @@
-//! The project's own chores: `cargo xtask test`, `cargo xtask guest` and `cargo xtask soak`.
+//! The project's own chores: `cargo xtask test`, `guest`, `kernel` and `soak`.
 //!
 //! What always holds: a stage that does not run says why, the last line counts what passed,
 //! failed and was skipped, and the exit code is 0 only if nothing failed.
 
+mod cache;
 mod guest;
+mod kernel;
 mod needs;
 mod stage;
 mod test;
@@ -26,6 +28,9 @@ enum Chore {
     /// Boot machines with several nodes under QEMU, for tests or a look around
     #[command(subcommand)]
     Guest(guest::Guest),
+    /// Build Linux with the patches and modules of `kernel/`, and test them in guests
+    #[command(subcommand)]
+    Kernel(kernel::Kernel),
     /// Move memory back and forth under verifying readers and writers, for as long as told
     Soak(SoakArgs),
 }
@@ -49,6 +54,7 @@ fn main() -> ExitCode {
     let stages = match Cli::parse().chore {
         Chore::Test(args) => test::test(args.fast),
         Chore::Guest(what) => guest::guest(&what),
+        Chore::Kernel(what) => kernel::kernel(&what),
         Chore::Soak(args) => test::soak(args.seconds),
     };
     stages.conclude()

@@ -1,6 +1,7 @@
 //! The stages of `cargo xtask test`, and the soak test.
 
 use crate::guest;
+use crate::kernel;
 use crate::needs;
 use crate::stage::{Ran, Stages, cargo, finish, root, say, target_dir};
 use anyhow::{Context as _, bail};
@@ -47,6 +48,7 @@ pub(crate) fn test(fast: bool) -> Stages {
     stages
         .run("Demo, smoke run", || with_engine(&["demo", TEXT, "--size", "32M", "--seconds", "3"]));
     stages.run("Guests", || guest::stage(fast));
+    stages.run("Kernel", || kernel::stage(fast));
     stages
 }
 

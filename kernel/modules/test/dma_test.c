@@ -39,14 +39,12 @@ enum {
 static unsigned int mode;
 static unsigned int delay_ms = 500;
 static unsigned int descriptors = 8;
-static unsigned int mask_bits = 64;
+static unsigned int mask_bits = 64;	/* set once it is loaded */
 
 static unsigned int channels = MOST_CHANNELS;
 module_param(channels, uint, 0444);
 MODULE_PARM_DESC(channels, "Channels (1 to 32)");
 static bool unordered;
-module_param(unordered, bool, 0444);
-MODULE_PARM_DESC(unordered, "Copies end in another order than that in which they were asked for");
 module_param(descriptors, uint, 0644);
 MODULE_PARM_DESC(descriptors, "Copies that a channel takes at once");
 module_param(delay_ms, uint, 0644);
@@ -108,10 +106,12 @@ static int mask_set(const char *val, const struct kernel_param *kp)
 {
 	unsigned int n;
 
-	if (kstrtouint(val, 0, &n) || n < 31 || n > 64)
+	if (!pdev || kstrtouint(val, 0, &n) || n < 31 || n > 64)
 		return -EINVAL;
 	mask_bits = n;
-	return pdev ? dma_set_mask(&pdev->dev, DMA_BIT_MASK(n)) : 0;
+	/* dma_set_mask() refuses what is of no use. */
+	*pdev->dev.dma_mask = DMA_BIT_MASK(n);
+	return 0;
 }
 
 static const struct kernel_param_ops mask_ops = {
@@ -120,6 +120,27 @@ static const struct kernel_param_ops mask_ops = {
 };
 module_param_cb(mask_bits, &mask_ops, &mask_bits, 0644);
 MODULE_PARM_DESC(mask_bits, "Bits of an address that it has (31 to 64)");
+
+static int unordered_set(const char *val, const struct kernel_param *kp)
+{
+	int ret = param_set_bool(val, kp);
+
+	if (ret)
+		return ret;
+	if (unordered)
+		dma_cap_set(DMA_COMPLETION_NO_ORDER, engine.cap_mask);
+	else
+		dma_cap_clear(DMA_COMPLETION_NO_ORDER, engine.cap_mask);
+	return 0;
+}
+
+static const struct kernel_param_ops unordered_ops = {
+	.set = unordered_set,
+	.get = param_get_bool,
+};
+module_param_cb(unordered, &unordered_ops, &unordered, 0644);
+MODULE_PARM_DESC(unordered,
+		 "Copies end in another order than that in which they were asked for; while nobody has a channel");
 
 static void *at(dma_addr_t addr)
 {
@@ -297,8 +318,20 @@ static void synchronize(struct dma_chan *chan)
 		flush_work(&c->work.work);
 }
 
+/* dmaengine pins the module of a device's driver, so there has to be one. */
+static int probe(struct platform_device *dev)
+{
+	return 0;
+}
+
+static struct platform_driver driver = {
+	.driver.name = KBUILD_MODNAME,
+	.probe = probe,
+};
+
 static int __init dma_test_init(void)
 {
+	struct platform_device *dev;
 	unsigned int i;
 	int ret;
 
@@ -307,12 +340,20 @@ static int __init dma_test_init(void)
 	queue = alloc_workqueue(KBUILD_MODNAME, WQ_UNBOUND | WQ_MEM_RECLAIM, 0);
 	if (!queue)
 		return -ENOMEM;
-	pdev = platform_device_register_simple(KBUILD_MODNAME, -1, NULL, 0);
-	if (IS_ERR(pdev)) {
-		ret = PTR_ERR(pdev);
+	ret = platform_driver_register(&driver);
+	if (ret)
+		goto no_driver;
+	dev = platform_device_register_simple(KBUILD_MODNAME, -1, NULL, 0);
+	if (IS_ERR(dev)) {
+		ret = PTR_ERR(dev);
 		goto no_device;
 	}
-	ret = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(mask_bits));
+	pdev = dev;
+	if (!pdev->dev.driver) {
+		ret = -ENXIO;
+		goto no_engine;
+	}
+	ret = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
 	if (ret)
 		goto no_engine;
 #ifdef CONFIG_ARCH_HAS_SYNC_DMA_FOR_DEVICE
@@ -321,8 +362,6 @@ static int __init dma_test_init(void)
 #endif
 	engine.dev = &pdev->dev;
 	dma_cap_set(DMA_MEMCPY, engine.cap_mask);
-	if (unordered)
-		dma_cap_set(DMA_COMPLETION_NO_ORDER, engine.cap_mask);
 	engine.device_prep_dma_memcpy = prep;
 	engine.device_issue_pending = issue_pending;
 	engine.device_tx_status = tx_status;
@@ -350,6 +389,8 @@ static int __init dma_test_init(void)
 no_engine:
 	platform_device_unregister(pdev);
 no_device:
+	platform_driver_unregister(&driver);
+no_driver:
 	destroy_workqueue(queue);
 	return ret;
 }
@@ -360,6 +401,7 @@ static void __exit dma_test_exit(void)
 	dma_async_device_unregister(&engine);
 	destroy_workqueue(queue);
 	platform_device_unregister(pdev);
+	platform_driver_unregister(&driver);
 }
 module_exit(dma_test_exit);
 

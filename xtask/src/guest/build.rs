@@ -1,20 +1,37 @@
 //! Tests and the command as programs that need nothing but a kernel: linked statically.
 
 use super::record::Test;
+use crate::needs;
 use crate::stage::{cargo, say, target_dir};
 use anyhow::{Context as _, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The only target that the guests have.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Where the programs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// On x86-64, as this machine is.
+    Here,
+    /// On arm64: linked by clang with Debian's libraries for that (see [`needs::aarch64`]).
+    Aarch64,
+}
+
+impl Target {
+    fn triple(self) -> &'static str {
+        match self {
+            Self::Here => "x86_64-unknown-linux-gnu",
+            Self::Aarch64 => "aarch64-unknown-linux-gnu",
+        }
+    }
+}
+
 /// Packages whose integration tests run in guests; of the second, those that begin so.
 const LIBRARY: &str = "pageferry";
 const COMMAND: &str = "pageferry-cli";
 const COMMAND_TESTS: [&str; 2] = ["node_", "process_"];
 
 /// What was built.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Built {
     pub(crate) command: PathBuf,
     pub(crate) binaries: Vec<Binary>,
@@ -44,10 +61,13 @@ impl Built {
 
 /// Builds, with debug assertions and optimized (emulation is slow), in a target folder of its own
 /// because the flags differ.
-pub(crate) fn build() -> anyhow::Result<Built> {
+pub(crate) fn build(target: Target) -> anyhow::Result<Built> {
     let mut cargo = cargo(["test", "--no-run", "--message-format", "json-render-diagnostics"]);
-    cargo.args(["-p", LIBRARY, "-p", COMMAND, "--test", "*"]);
-    let target = statically(&mut cargo);
+    match target {
+        Target::Here => cargo.args(["-p", LIBRARY, "-p", COMMAND, "--test", "*"]),
+        Target::Aarch64 => cargo.args(["-p", LIBRARY, "--test", "kernel_dma*"]),
+    };
+    let (triple, target_dir) = (target.triple(), statically(&mut cargo, target));
     say("building statically linked tests");
     let out = cargo.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     if !out.status.success() {
@@ -56,7 +76,7 @@ pub(crate) fn build() -> anyhow::Result<Built> {
     let mut built = Built {
         command: PathBuf::new(),
         binaries: Vec::new(),
-        scratch: target.join(TARGET).join("tmp"),
+        scratch: target_dir.join(triple).join("tmp"),
     };
     for line in String::from_utf8_lossy(&out.stdout).lines() {
         let Some(artifact) = artifact(line) else { continue };
@@ -67,12 +87,16 @@ pub(crate) fn build() -> anyhow::Result<Built> {
         if artifact.is_command {
             built.command = artifact.path;
         } else if wanted {
-            let tests = list(&artifact.path)?;
+            let tests = match target {
+                Target::Here => list(Command::new(&artifact.path))?,
+                Target::Aarch64 => list_here(&artifact.name)?,
+            };
             built.binaries.push(Binary { name: artifact.name, path: artifact.path, tests });
         }
     }
     built.binaries.sort_by(|a, b| a.name.cmp(&b.name));
-    if built.binaries.is_empty() || built.command.as_os_str().is_empty() {
+    let no_command = built.command.as_os_str().is_empty();
+    if built.binaries.is_empty() || (no_command && target == Target::Here) {
         bail!("cargo named no test or no command that it built");
     }
     Ok(built)
@@ -81,7 +105,8 @@ pub(crate) fn build() -> anyhow::Result<Built> {
 /// Builds an example of the library, in the same way.
 pub(crate) fn example(name: &str) -> anyhow::Result<Binary> {
     let mut cargo = cargo(["build", "--quiet", "-p", LIBRARY, "--example", name]);
-    let path = statically(&mut cargo).join(TARGET).join("debug/examples").join(name);
+    let folder = statically(&mut cargo, Target::Here).join(Target::Here.triple());
+    let path = folder.join("debug/examples").join(name);
     let status = cargo.status().context("cannot run cargo")?;
     if !status.success() {
         bail!("the example {name} cannot be built for the guests: cargo: {status}");
@@ -90,18 +115,23 @@ pub(crate) fn example(name: &str) -> anyhow::Result<Binary> {
 }
 
 /// How everything for the guests is built; returns the target folder.
-fn statically(cargo: &mut Command) -> PathBuf {
-    let target = target_dir().join("guest");
-    cargo.args(["--target", TARGET, "--target-dir"]).arg(&target);
-    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
-    cargo.env("RUSTFLAGS", format!("{flags} -C target-feature=+crt-static").trim());
+fn statically(cargo: &mut Command, target: Target) -> PathBuf {
+    let folder = target_dir().join("guest");
+    cargo.args(["--target", target.triple(), "--target-dir"]).arg(&folder);
+    let mut flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    flags += " -C target-feature=+crt-static";
+    if target == Target::Aarch64 {
+        cargo.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", needs::CLANG);
+        flags += " -C link-arg=--target=aarch64-linux-gnu -C link-arg=-fuse-ld=lld";
+    }
+    cargo.env("RUSTFLAGS", flags.trim());
     for profile in ["DEV", "TEST"] {
         cargo.env(format!("CARGO_PROFILE_{profile}_OPT_LEVEL"), "2");
         // Names of functions remain, for backtraces.
         cargo.env(format!("CARGO_PROFILE_{profile}_DEBUG"), "0");
         cargo.env(format!("CARGO_PROFILE_{profile}_STRIP"), "debuginfo");
     }
-    target
+    folder
 }
 
 struct Artifact {
@@ -125,12 +155,20 @@ fn artifact(line: &str) -> Option<Artifact> {
     })
 }
 
+/// The tests of a binary for another architecture: those that it has when built for this machine.
+fn list_here(name: &str) -> anyhow::Result<Vec<String>> {
+    let mut cargo = cargo(["test", "--quiet", "-p", LIBRARY, "--test", name, "--"]);
+    cargo.stderr(Stdio::inherit());
+    list(cargo)
+}
+
 /// The tests of a binary: it is asked here, since it runs on this machine too.
-fn list(binary: &Path) -> anyhow::Result<Vec<String>> {
-    let asked = Command::new(binary).args(["--list", "--format", "terse"]).output();
-    let out = asked.with_context(|| format!("cannot run {}", binary.display()))?;
+fn list(mut binary: Command) -> anyhow::Result<Vec<String>> {
+    let name = binary.get_program().to_string_lossy().into_owned();
+    let asked = binary.args(["--list", "--format", "terse"]).output();
+    let out = asked.with_context(|| format!("cannot run {name}"))?;
     if !out.status.success() {
-        bail!("{} does not list its tests: {}", binary.display(), out.status);
+        bail!("{name} does not list its tests: {}", out.status);
     }
     let text = String::from_utf8_lossy(&out.stdout);
     let tests = text.lines().filter_map(|line| line.strip_suffix(": test"));

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
 # The first process of a guest. It sets the machine up, does what the kernel's command line asks
-# for (guest=test, shell, bench or probe) and turns the machine off. What the host reads goes to the
+# for (guest=test, shell, bench, compare, cost or probe) and turns the machine off. What the host reads goes to the
 # virtio port named "results": tests' output as it is, and records, each on a line that begins
 # with an ASCII RS (see record.rs).
 
@@ -45,8 +45,13 @@ for pages in /sys/devices/system/node/node*/hugepages/hugepages-2048kB/nr_hugepa
 done
 
 for port in /sys/class/virtio-ports/*; do
-    [ "$(cat "$port/name")" = results ] && results=/dev/${port##*/}
+    [ -e "$port" ] && [ "$(cat "$port/name")" = results ] && results=/dev/${port##*/}
 done
+# A machine without virtio has a second serial port.
+if [ -z "$results" ]; then
+    results=/dev/ttyPS1
+    stty -F "$results" raw -echo
+fi
 
 # Tests compiled on the host know their scratch folder by its name there.
 while read -r folder; do mkdir -p "$folder"; done </guest/folders
@@ -59,8 +64,16 @@ shell)
     setsid cttyhack sh
     ;;
 bench)
-    { pageferry bench --smoke --quiet && /tests/beside_migrate_pages 2048 1; } >"$results" 2>&1
+    pageferry bench --smoke --quiet >"$results" 2>&1
     printf '\036end bench smoke %s\n\036over\n' $? >"$results"
+    ;;
+cost)
+    /tests/migration_cost >"$results" 2>&1
+    printf '\036end bench cost %s\n\036over\n' $? >"$results"
+    ;;
+compare)
+    /tests/beside_migrate_pages 2048 2 >"$results" 2>&1
+    printf '\036end bench compare %s\n\036over\n' $? >"$results"
     ;;
 test)
     exec 3>"$results"

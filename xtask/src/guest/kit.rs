@@ -5,6 +5,8 @@
 //! the kernel's version, which appears only when it is complete. A kit that is there is used as it
 //! is, without apt and without a network; remove the folder to have a newer one.
 
+use super::build::Target;
+use crate::cache;
 use crate::needs;
 use crate::stage::say;
 use anyhow::{Context as _, bail};
@@ -20,18 +22,30 @@ const OLDEST: (u32, u32) = (6, 8);
 /// Swap in memory: what it needs is loaded with it.
 const MODULES: [&str; 1] = ["zram"];
 
-/// Files of a kit.
+/// What is booted.
 #[derive(Debug)]
 pub(crate) struct Kit {
+    /// The fetched kit.
     folder: PathBuf,
+    own: Option<Own>,
+}
+
+/// A kernel that was built here.
+#[derive(Debug)]
+struct Own {
+    kernel: PathBuf,
+    /// Modules that tests load.
+    copiers: Vec<PathBuf>,
+    release: String,
+    target: Target,
 }
 
 impl Kit {
     /// The kit in the cache, fetched if there is none.
     pub(crate) fn get() -> anyhow::Result<Self> {
-        let cache = cache()?;
+        let cache = cache::folder("guest")?;
         if let Some(folder) = newest(&cache) {
-            return Ok(Self { folder });
+            return Ok(Self { folder, own: None });
         }
         fetch(&cache).with_context(|| {
             format!(
@@ -43,8 +57,44 @@ impl Kit {
         })
     }
 
+    /// The same with another kernel, which needs no modules, and modules for tests to load.
+    pub(crate) fn with_kernel(
+        mut self,
+        kernel: PathBuf,
+        copiers: Vec<PathBuf>,
+        release: String,
+    ) -> Self {
+        self.own = Some(Own { kernel, copiers, release, target: Target::Here });
+        self
+    }
+
+    /// A kit of a kernel for arm64, with the busybox in `cache`, fetched if there is none.
+    pub(crate) fn aarch64(
+        cache: &Path,
+        kernel: PathBuf,
+        copiers: Vec<PathBuf>,
+        release: String,
+    ) -> anyhow::Result<Self> {
+        let folder = cache.join("aarch64");
+        if !folder.join("busybox").exists() {
+            fetch_busybox(&folder)
+                .with_context(|| format!("{BUSYBOX} for arm64 could not be fetched"))?;
+        }
+        Ok(Self { folder, own: Some(Own { kernel, copiers, release, target: Target::Aarch64 }) })
+    }
+
+    /// What programs for it are built for.
+    pub(crate) fn target(&self) -> Target {
+        self.own.as_ref().map_or(Target::Here, |own| own.target)
+    }
+
     pub(crate) fn kernel(&self) -> PathBuf {
-        self.folder.join("vmlinuz")
+        self.own.as_ref().map_or_else(|| self.folder.join("vmlinuz"), |own| own.kernel.clone())
+    }
+
+    /// Modules for tests to load.
+    pub(crate) fn copiers(&self) -> &[PathBuf] {
+        self.own.as_ref().map_or(&[], |own| &own.copiers)
     }
 
     pub(crate) fn busybox(&self) -> PathBuf {
@@ -53,6 +103,9 @@ impl Kit {
 
     /// Modules in the order in which they are loaded.
     pub(crate) fn modules(&self) -> anyhow::Result<Vec<PathBuf>> {
+        if self.own.is_some() {
+            return Ok(Vec::new());
+        }
         let mut found: Vec<_> = entries(&self.folder.join("modules"))?;
         found.sort();
         Ok(found)
@@ -60,18 +113,9 @@ impl Kit {
 
     /// The kernel's release.
     pub(crate) fn release(&self) -> String {
-        self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        let fetched = || self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.own.as_ref().map_or_else(fetched, |own| own.release.clone())
     }
-}
-
-/// `$XDG_CACHE_HOME/pageferry/guest`, or in `~/.cache`.
-fn cache() -> anyhow::Result<PathBuf> {
-    let folder = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    folder("XDG_CACHE_HOME")
-        .filter(|p| p.is_absolute())
-        .or_else(|| Some(folder("HOME")?.join(".cache")))
-        .map(|base| base.join("pageferry/guest"))
-        .context("there is no cache folder: neither XDG_CACHE_HOME nor HOME is set")
 }
 
 /// The kit of the newest kernel.
@@ -165,7 +209,7 @@ fn fill(cache: &Path, work: &Path) -> anyhow::Result<Kit> {
             return Err(error).with_context(|| format!("cannot create {}", home.display()));
         }
     }
-    Ok(Kit { folder: home })
+    Ok(Kit { folder: home, own: None })
 }
 
 /// The package with the kernel itself: what the first known package depends on.
@@ -186,6 +230,42 @@ fn download(into: &Path, kernel: &str) -> anyhow::Result<()> {
         apt.args(["-o", "APT::Sandbox::User=root"]);
     }
     run(&mut apt)
+}
+
+/// Another architecture's busybox: apt works in a folder of its own for this, and does not have
+/// this system know that architecture.
+fn fetch_busybox(folder: &Path) -> anyhow::Result<()> {
+    let work = folder.join(format!(".new-{}", std::process::id()));
+    fs::create_dir_all(work.join("lists"))
+        .with_context(|| format!("cannot create {}", work.display()))?;
+    say(format_args!("fetching {BUSYBOX} for arm64 into {}", folder.display()));
+    let apt = |words: &[&str]| {
+        let mut apt = Command::new("apt-get");
+        apt.args(["-q", "-o", "APT::Architecture=arm64", "-o", "APT::Architectures=arm64"]);
+        apt.args(["-o", "APT::Sandbox::User=root", "-o", "Debug::NoLocking=1"]);
+        for (name, part) in [("State", ""), ("State::lists", "lists"), ("Cache", "")] {
+            apt.arg("-o").arg(format!("Dir::{name}={}/{part}", work.display()));
+        }
+        apt.args(words).current_dir(&work);
+        run(&mut apt)
+    };
+    let fetch = || {
+        apt(&["update"])?;
+        apt(&["download", BUSYBOX])?;
+        let is_package = |path: &PathBuf| path.extension().is_some_and(|e| e == "deb");
+        let package =
+            entries(&work)?.into_iter().find(is_package).context("apt fetched nothing")?;
+        let into = work.join("unpacked");
+        run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(&into))?;
+        let places = ["bin/busybox", "usr/bin/busybox"].map(|place| into.join(place));
+        let found = places.iter().find(|p| p.exists()).context("the package has no busybox")?;
+        fs::rename(found, folder.join("busybox"))?;
+        Ok(())
+    };
+    let done = fetch();
+    // What is left there is of no use, whether this worked or not.
+    let _ = fs::remove_dir_all(&work);
+    done
 }
 
 /// Runs a command quietly; what it wrote is part of the error.

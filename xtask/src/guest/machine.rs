@@ -15,12 +15,34 @@ pub(crate) struct Machine {
     pub(crate) name: &'static str,
     pub(crate) nodes: &'static [Node],
     /// Distances between different nodes, as ACPI's SLIT has them (10: local).
-    distances: &'static [(usize, usize, u8)],
+    pub(crate) distances: &'static [(usize, usize, u8)],
     /// The test binaries that run there: beginnings of their names.
     pub(crate) suites: &'static [&'static str],
     /// Huge pages of 2 MiB set aside for hugetlb on each node.
     pub(crate) hugetlb: u32,
+    pub(crate) clock: Clock,
 }
+
+/// What a machine's clock counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// The host's time.
+    Time,
+    /// Instructions executed, as a nanosecond each; idle time passes at once. What is measured by
+    /// it is the same again, whatever else the host does. Always emulated.
+    Instructions,
+}
+
+/// Test binaries that no machine runs: they look at a kernel that is made up, or at no kernel, and
+/// would say in a guest what they say everywhere.
+const ELSEWHERE: &[&str] =
+    &["bad_input", "process_age", "process_fake", "process_faults", "process_planner"];
+
+/// Test binaries that need a kernel of our own: `cargo xtask kernel test` runs them.
+const OF_KERNELS: &str = "kernel_";
+
+/// The machine for comparisons, of no use for tests: most of what goes wrong there needs two CPUs.
+pub(crate) const COUNTED: &str = "counted";
 
 /// Distance of two sockets, and of memory behind a link (CXL), as usual in firmware.
 const SOCKET: u8 = 20;
@@ -35,6 +57,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         distances: &[(0, 1, SOCKET)],
         suites: &[""],
         hugetlb: 32,
+        clock: Clock::Time,
     },
     Machine {
         name: "tier",
@@ -46,6 +69,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         distances: &[(0, 1, SOCKET), (0, 2, LINK), (1, 2, LINK)],
         suites: &["node_", "process_"],
         hugetlb: 8,
+        clock: Clock::Time,
     },
     Machine {
         name: "four",
@@ -65,6 +89,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         ],
         suites: &["node_", "moves"],
         hugetlb: 8,
+        clock: Clock::Time,
     },
     Machine {
         name: "small",
@@ -72,6 +97,7 @@ pub(crate) const MACHINES: &[Machine] = &[
         distances: &[(0, 1, SOCKET)],
         suites: &["node_"],
         hugetlb: 0,
+        clock: Clock::Time,
     },
     Machine {
         name: "one",
@@ -79,6 +105,16 @@ pub(crate) const MACHINES: &[Machine] = &[
         distances: &[],
         suites: &["moves", "properties"],
         hugetlb: 8,
+        clock: Clock::Time,
+    },
+    // One CPU: with two, which of them runs when is QEMU's choice, and one spins for the other.
+    Machine {
+        name: COUNTED,
+        nodes: &[Node { mib: 3072, cpus: 1 }, Node { mib: 3072, cpus: 0 }],
+        distances: &[(0, 1, SOCKET)],
+        suites: &[],
+        hugetlb: 0,
+        clock: Clock::Instructions,
     },
 ];
 
@@ -93,6 +129,11 @@ impl Machine {
 
     /// Whether a test binary runs there.
     pub(crate) fn runs(&self, binary: &str) -> bool {
+        self.names(binary) && !ELSEWHERE.contains(&binary) && !binary.starts_with(OF_KERNELS)
+    }
+
+    /// Whether its suites name a test binary.
+    pub(crate) fn names(&self, binary: &str) -> bool {
         self.suites.iter().any(|start| binary.starts_with(start))
     }
 
@@ -154,6 +195,16 @@ mod tests {
     }
 
     #[test]
+    fn no_machine_runs_what_looks_at_no_real_kernel() {
+        let two = Machine::named("two").expect("in the table");
+        assert!(two.runs("process_real") && two.runs("process_kinds") && two.runs("moves"));
+        for machine in MACHINES {
+            assert!(!ELSEWHERE.iter().any(|binary| machine.runs(binary)), "{machine}");
+        }
+        assert!(!Machine::named(COUNTED).expect("in the table").runs("moves"));
+    }
+
+    #[test]
     fn every_pair_of_nodes_has_a_distance_once() {
         for machine in MACHINES {
             let nodes = machine.nodes.len();
@@ -168,6 +219,6 @@ mod tests {
     #[test]
     fn a_machine_that_is_not_there_is_refused_with_those_that_are() {
         let error = Machine::named("eight").expect_err("not in the table");
-        assert!(error.ends_with("there are two, tier, four, small, one"), "{error}");
+        assert!(error.ends_with("there are two, tier, four, small, one, counted"), "{error}");
     }
 }

@@ -10,25 +10,29 @@
 
 mod build;
 mod cpio;
+mod dtb;
 mod kit;
 mod machine;
 mod qemu;
 mod record;
 mod run;
+mod zcu102;
 
 use crate::needs;
 use crate::stage::{Ran, Stages, say, target_dir};
 use anyhow::{Context as _, bail};
-use build::Built;
+use build::{Built, Target};
 use clap::{Args, Subcommand};
-use kit::Kit;
-use machine::{MACHINES, Machine};
+pub(crate) use kit::Kit;
+pub(crate) use machine::Machine;
+use machine::{COUNTED, Clock, MACHINES};
 use qemu::{BOOT, Boot, Cpus};
 use record::{Record, Test};
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use zcu102::ZCU102;
 
 /// Seconds that a test may take in a guest.
 const TEST_SECONDS: u64 = 300;
@@ -36,6 +40,8 @@ const TEST_SECONDS: u64 = 300;
 const BENCH: Duration = Duration::from_secs(600);
 /// The example that compares with `migrate_pages(2)` what a program feels.
 const COMPARISON: &str = "beside_migrate_pages";
+/// The example that tells what the kernel's migration of a folio costs.
+const COST: &str = "migration_cost";
 
 /// What is done with guests.
 #[derive(Debug, Subcommand)]
@@ -45,7 +51,7 @@ pub(crate) enum Guest {
     /// A shell in a guest (Ctrl-A X ends it)
     Shell(MachineArgs),
     /// The bench's smoke run in a guest, and what a program feels beside `migrate_pages(2)`
-    Bench(MachineArgs),
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -62,6 +68,13 @@ pub(crate) struct MachineArgs {
     /// The machine
     #[arg(long, default_value = "two", value_parser = Machine::named)]
     machine: &'static Machine,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Both in this machine, instead of the smoke run in "two" and the comparison in "counted"
+    #[arg(long, value_parser = Machine::named)]
+    machine: Option<&'static Machine>,
 }
 
 /// `cargo xtask guest`.
@@ -100,7 +113,16 @@ impl Workshop {
             bail!("the guests are x86-64 machines that run this machine's programs");
         }
         needs::qemu()?;
-        let kit = Kit::get()?;
+        Self::with(Kit::get()?)
+    }
+
+    /// For the arm64 machine.
+    fn aarch64(kit: Kit) -> anyhow::Result<Self> {
+        needs::aarch64()?;
+        Self::with(kit)
+    }
+
+    fn with(kit: Kit) -> anyhow::Result<Self> {
         let work = target_dir().join("guest");
         std::fs::create_dir_all(&work)
             .with_context(|| format!("cannot create {}", work.display()))?;
@@ -126,10 +148,19 @@ impl Workshop {
         archive.file("init", 0o755, include_bytes!("init.sh"))?;
         archive.file("bin/busybox", 0o755, &read(&self.kit.busybox())?)?;
         archive.link("bin/sh", "busybox")?;
-        archive.file("bin/pageferry", 0o755, &read(&built.command)?)?;
+        if !built.command.as_os_str().is_empty() {
+            archive.file("bin/pageferry", 0o755, &read(&built.command)?)?;
+        }
         for module in self.kit.modules()? {
             let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
             archive.file(&format!("modules/{name}"), 0o644, &read(&module)?)?;
+        }
+        if !self.kit.copiers().is_empty() {
+            archive.folder("copiers")?;
+        }
+        for module in self.kit.copiers() {
+            let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            archive.file(&format!("copiers/{name}"), 0o644, &read(module)?)?;
         }
         for binary in &built.binaries {
             if plan.iter().any(|test| test.binary == binary.name) {
@@ -149,21 +180,81 @@ impl Workshop {
     }
 
     fn cpus(&self, built: &Built) -> anyhow::Result<Cpus> {
-        let cpus = Cpus::probe(&self.kit, &self.initramfs("probe", built, &[])?, &self.work);
+        let cpus = match self.kit.target() {
+            Target::Here => {
+                Cpus::probe(&self.kit, &self.initramfs("probe", built, &[])?, &self.work)
+            }
+            Target::Aarch64 => Cpus::Emulated("a board of another architecture".into()),
+        };
         say(format_args!("guests: Linux {}, CPUs: {cpus}", self.kit.release()));
         Ok(cpus)
     }
 }
 
 fn test(workshop: &Workshop, args: &TestArgs) -> anyhow::Result<Ran> {
-    let built = build::build()?;
     let machines: Vec<_> = match args.machine {
         Some(machine) => vec![machine],
         None => MACHINES.iter().collect(),
     };
+    test_on(workshop, &machines, Machine::runs, args.filter.as_deref())
+}
+
+/// Tests of a kernel of our own: on these machines, the binaries whose names begin so.
+pub(crate) fn test_kernel(
+    kit: impl FnOnce(Kit) -> Kit,
+    machines: &[&'static Machine],
+    suites: &[&str],
+    filter: Option<&str>,
+) -> anyhow::Result<Ran> {
+    let mut workshop = Workshop::open()?;
+    workshop.kit = kit(workshop.kit);
+    let runs = |_: &Machine, binary: &str| suites.iter().any(|start| binary.starts_with(start));
+    test_on(&workshop, machines, runs, filter)
+}
+
+/// Tests of a kernel for arm64, on the one machine that there is.
+pub(crate) fn test_aarch64(kit: Kit, filter: Option<&str>) -> anyhow::Result<Ran> {
+    test_on(&Workshop::aarch64(kit)?, &[&ZCU102], Machine::names, filter)
+}
+
+/// A shell there.
+pub(crate) fn shell_aarch64(kit: Kit) -> anyhow::Result<Ran> {
+    shell(&Workshop::aarch64(kit)?, &ZCU102)
+}
+
+/// What a folio's migration costs on a kernel of our own, in instructions.
+pub(crate) fn cost_kernel(kit: impl FnOnce(Kit) -> Kit) -> anyhow::Result<Ran> {
+    let mut workshop = Workshop::open()?;
+    workshop.kit = kit(workshop.kit);
+    let built = Built { binaries: vec![build::example(COST)?], ..Built::default() };
+    let machine = Machine::named(COUNTED).map_err(anyhow::Error::msg)?;
+    // The machine that counts is never KVM's.
+    let cpus = Cpus::Emulated("its clock counts instructions".into());
+    say(format_args!("Linux {}", workshop.kit.release()));
+    measure(&workshop, &built, &cpus, machine, "cost")?;
+    Ok(Ran::Done)
+}
+
+/// A shell in a machine with a kernel of our own.
+pub(crate) fn shell_kernel(
+    kit: impl FnOnce(Kit) -> Kit,
+    machine: &'static Machine,
+) -> anyhow::Result<Ran> {
+    let mut workshop = Workshop::open()?;
+    workshop.kit = kit(workshop.kit);
+    shell(&workshop, machine)
+}
+
+fn test_on(
+    workshop: &Workshop,
+    machines: &[&'static Machine],
+    runs: impl Fn(&Machine, &str) -> bool,
+    filter: Option<&str>,
+) -> anyhow::Result<Ran> {
+    let built = build::build(workshop.kit.target())?;
     let plans: Vec<_> = machines
-        .into_iter()
-        .map(|m| (m, built.plan(|binary| m.runs(binary), args.filter.as_deref())))
+        .iter()
+        .map(|m| (*m, built.plan(|binary| runs(m, binary), filter)))
         .filter(|(_, plan)| !plan.is_empty())
         .collect();
     if plans.is_empty() {
@@ -185,7 +276,7 @@ fn test(workshop: &Workshop, args: &TestArgs) -> anyhow::Result<Ran> {
 }
 
 fn shell(workshop: &Workshop, machine: &'static Machine) -> anyhow::Result<Ran> {
-    let built = build::build()?;
+    let built = build::build(workshop.kit.target())?;
     let cpus = workshop.cpus(&built)?;
     let initramfs = workshop.initramfs(machine.name, &built, &built.plan(|_| true, None))?;
     say(format_args!("machine {machine}\nCtrl-A X ends it; tests lie in /tests"));
@@ -195,19 +286,40 @@ fn shell(workshop: &Workshop, machine: &'static Machine) -> anyhow::Result<Ran> 
     Ok(Ran::Done)
 }
 
-fn bench(workshop: &Workshop, machine: &'static Machine) -> anyhow::Result<Ran> {
-    let mut built = build::build()?;
+fn bench(workshop: &Workshop, given: Option<&'static Machine>) -> anyhow::Result<Ran> {
+    let mut built = build::build(Target::Here)?;
     built.binaries.push(build::example(COMPARISON)?);
     let cpus = workshop.cpus(&built)?;
-    let comparison = Test { binary: COMPARISON.into(), name: "all".into() };
-    let initramfs = workshop.initramfs(machine.name, &built, &[comparison])?;
-    let kit = &workshop.kit;
-    let boot = Boot { kit, machine, cpus: &cpus, initramfs: &initramfs, mode: "bench", seconds: 0 };
+    for (mode, usual) in [("bench", "two"), ("compare", COUNTED)] {
+        let machine =
+            given.map_or_else(|| Machine::named(usual), Ok).map_err(anyhow::Error::msg)?;
+        measure(workshop, &built, &cpus, machine, mode)?;
+    }
+    Ok(Ran::Done)
+}
+
+/// Shows what a machine prints in this mode of init.sh.
+fn measure(
+    workshop: &Workshop,
+    built: &Built,
+    cpus: &Cpus,
+    machine: &'static Machine,
+    mode: &str,
+) -> anyhow::Result<()> {
+    let examples = [COMPARISON, COST].map(|e| Test { binary: e.into(), name: "all".into() });
+    let initramfs = workshop.initramfs(machine.name, built, &examples)?;
+    let boot = Boot { kit: &workshop.kit, machine, cpus, initramfs: &initramfs, mode, seconds: 0 };
     let mut guest = boot.start(&workshop.work)?;
     guest.ready(BOOT)?;
-    let caution = match cpus {
-        Cpus::Kvm => "the nodes are imagined: all their memory is the host's; no claim about speed",
-        Cpus::Emulated(_) => "emulated: these figures show that it works, not how fast it is",
+    let caution = match (machine.clock, cpus) {
+        (Clock::Instructions, _) => {
+            "a nanosecond is an instruction here, wherever its memory is: ratios say who waits for \
+             how much work, and nothing is a claim about speed"
+        }
+        (_, Cpus::Kvm) => {
+            "the nodes are imagined: all their memory is the host's; no claim about speed"
+        }
+        (_, Cpus::Emulated(_)) => "emulated: these figures show that it works, not how fast it is",
     };
     say(format_args!("machine {machine}\nCAUTION: {caution}"));
     loop {
@@ -220,5 +332,5 @@ fn bench(workshop: &Workshop, machine: &'static Machine) -> anyhow::Result<Ran> 
         }
     }
     say(format_args!("CAUTION: {caution}"));
-    Ok(Ran::Done)
+    Ok(())
 }

@@ -3,9 +3,11 @@
 //! QEMU dies with this process, and when its [`Running`] is dropped. It runs at a low priority:
 //! a machine's CPUs are threads that never rest.
 
+use super::build::Target;
 use super::kit::Kit;
-use super::machine::Machine;
+use super::machine::{Clock, Machine};
 use super::record::{self, Record};
+use super::zcu102;
 use crate::needs::QEMU;
 use anyhow::{Context as _, bail};
 use std::fmt;
@@ -22,6 +24,8 @@ pub(crate) const BOOT: Duration = Duration::from_secs(90);
 const PROBE: Duration = Duration::from_secs(15);
 /// Lines of the console that are shown when something went wrong.
 const TAIL: usize = 40;
+/// Of `/proc/PID/stat`, in a second (`USER_HZ`).
+const TICKS: f64 = 100.0;
 /// Below what others run at.
 const NICENESS: i32 = 10;
 
@@ -80,9 +84,10 @@ impl Boot<'_> {
         let console = work.join(format!("{}.console", self.machine.name));
         let serial = format!("file:{}", console.display());
         // A file, not QEMU's stdio: that one hangs up when there is nothing to read from.
-        let mut command = self.command(&serial, "file,path=/dev/stdout");
+        let mut command = self.command(&serial, "file,path=/dev/stdout")?;
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().with_context(|| format!("cannot start {QEMU}"))?;
+        let mut child =
+            command.spawn().with_context(|| format!("cannot start {}", name(&command)))?;
         let (events, receiver) = channel();
         if let Some(out) = child.stdout.take() {
             let events = events.clone();
@@ -96,35 +101,21 @@ impl Boot<'_> {
 
     /// Runs the machine with this terminal as its console, to its end.
     pub(crate) fn interact(&self) -> anyhow::Result<()> {
-        let status = self.command("mon:stdio", "null").status();
-        let status = status.with_context(|| format!("cannot start {QEMU}"))?;
+        // A port that nobody has opened on this side would hold up whoever writes to it.
+        let mut command = self.command("mon:stdio", "file,path=/dev/null")?;
+        let status = command.status();
+        let status = status.with_context(|| format!("cannot start {}", name(&command)))?;
         if !status.success() {
-            bail!("{QEMU}: {status}");
+            bail!("{}: {status}", name(&command));
         }
         Ok(())
     }
 
-    fn command(&self, serial: &str, results: &str) -> Command {
-        let mut command = Command::new(QEMU);
-        command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
-        match self.cpus {
-            Cpus::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
-            // Four levels of page tables: what most machines have, and faster here.
-            Cpus::Emulated(_) => {
-                command.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
-            }
+    fn command(&self, serial: &str, results: &str) -> anyhow::Result<Command> {
+        let mut command = match self.kit.target() {
+            Target::Here => self.pc(serial, results),
+            Target::Aarch64 => zcu102::command(self, serial, results)?,
         };
-        command.args(self.machine.words());
-        command.arg("-kernel").arg(self.kit.kernel()).arg("-initrd").arg(self.initramfs);
-        // Pages stay where they were put; an oops ends the machine at once, and QEMU with it.
-        command.arg("-append").arg(format!(
-            "console=ttyS0 quiet oops=panic panic=-1 numa_balancing=disable random.trust_cpu=on \
-             guest={} guest.hugetlb={} guest.seconds={}",
-            self.mode, self.machine.hugetlb, self.seconds
-        ));
-        command.args(["-serial", serial, "-device", "virtio-serial-pci"]);
-        command.args(["-chardev", &format!("{results},id=results")]);
-        command.args(["-device", "virtserialport,chardev=results,name=results"]);
         // SAFETY: between fork and exec only async-signal-safe calls are made: prctl(2), by which
         // the kernel kills QEMU when the thread that starts it (the main thread) ends, and
         // setpriority(2), which concerns only the new process.
@@ -135,6 +126,38 @@ impl Boot<'_> {
                 Ok(())
             });
         }
+        Ok(command)
+    }
+
+    /// An x86-64 machine.
+    fn pc(&self, serial: &str, results: &str) -> Command {
+        let mut command = Command::new(QEMU);
+        command.args(["-nodefaults", "-display", "none", "-no-reboot"]);
+        match (self.machine.clock, self.cpus) {
+            (Clock::Time, Cpus::Kvm) => command.args(["-accel", "kvm", "-cpu", "host"]),
+            // Four levels of page tables: what most machines have, and faster here.
+            (Clock::Time, Cpus::Emulated(_)) => {
+                command.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off"])
+            }
+            // Nothing comes from the host, neither time nor random numbers.
+            (Clock::Instructions, _) => command
+                .args(["-accel", "tcg,thread=single", "-cpu", "max,la57=off", "-seed", "1"])
+                .args(["-icount", "shift=0,sleep=off", "-rtc", "clock=vm"]),
+        };
+        command.args(self.machine.words());
+        command.arg("-kernel").arg(self.kit.kernel()).arg("-initrd").arg(self.initramfs);
+        // The instruction counter is the best clock there, though no such CPU says so of its own.
+        let clock = if self.machine.clock == Clock::Time { "" } else { " tsc=reliable" };
+        // Pages stay where they were put; an oops ends the machine at once, and QEMU with it. Where
+        // the host is busy, an emulated timer may be too late for the test that Linux makes of it.
+        command.arg("-append").arg(format!(
+            "console=ttyS0 quiet oops=panic panic=-1 numa_balancing=disable random.trust_cpu=on \
+             no_timer_check{clock} guest={} guest.hugetlb={} guest.seconds={}",
+            self.mode, self.machine.hugetlb, self.seconds
+        ));
+        command.args(["-serial", serial, "-device", "virtio-serial-pci"]);
+        command.args(["-chardev", &format!("{results},id=results")]);
+        command.args(["-device", "virtserialport,chardev=results,name=results"]);
         command
     }
 }
@@ -144,6 +167,11 @@ enum Event {
     Line(String),
     Complaint(String),
     Ended,
+}
+
+/// Of a command, its program.
+fn name(command: &Command) -> String {
+    command.get_program().to_string_lossy().into_owned()
 }
 
 /// Sends what is read, line by line. Output of tests need not be UTF-8.
@@ -195,7 +223,7 @@ impl Running {
                         }
                     }
                     match self.complaint.take() {
-                        Some(text) => bail!("the machine ended; {QEMU} said: {text}"),
+                        Some(text) => bail!("the machine ended; QEMU said: {text}"),
                         None => bail!("the machine ended"),
                     }
                 }
@@ -214,6 +242,12 @@ impl Running {
         }
     }
 
+    /// Seconds of this machine's CPUs that it has had, however long it waited for them.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        stat.ok().and_then(|stat| ticks(&stat)).map_or(0.0, |ticks| ticks as f64 / TICKS)
+    }
+
     /// The last lines of its console.
     pub(crate) fn console(&self) -> String {
         let bytes = std::fs::read(&self.console).unwrap_or_default();
@@ -223,10 +257,30 @@ impl Running {
     }
 }
 
+/// utime and stime of `/proc/PID/stat` (proc_pid_stat(5)); what is before them may contain anything.
+fn ticks(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut numbers = rest.split_whitespace().skip(11).map_while(|n| n.parse::<u64>().ok());
+    Some(numbers.next()? + numbers.next()?)
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_time_is_found_behind_any_name() {
+        let stat = "17 (a) R (b) S 1 17 17 0 -1 4194304 106 0 3 0 250 50 7 8 20 0 1 0 99 0";
+        assert_eq!(ticks(stat), Some(300));
+        assert_eq!(ticks("17 (a) S 1"), None);
+        assert_eq!(ticks(""), None);
     }
 }

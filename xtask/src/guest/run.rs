@@ -42,12 +42,14 @@ pub(crate) fn run(boot: &Boot<'_>, work: &Path, plan: Vec<Test>) -> anyhow::Resu
     }
     let ran = log.conclude();
     say(format_args!(
-        "machine {}: {} passed ({} of them skipped, at least in part), {} failed; {:.0} s",
+        "machine {}: {} passed ({} of them skipped, at least in part), {} failed; {:.0} s, {:.0} s \
+         of CPU time",
         machine.name,
         ran.passed,
         ran.skipped,
         ran.failed.len(),
-        started.elapsed().as_secs_f64()
+        started.elapsed().as_secs_f64(),
+        guest.cpu_seconds(),
     ));
     Ok(ran)
 }

@@ -1,0 +1,92 @@
+//! What the tests of `pageferry_copy_dma` share: the board's DMA engine, and one that misbehaves.
+
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
+
+use super::kernel_common::{Memory, vmstat};
+use std::fs;
+use std::process::Command;
+
+pub const DMA: &str = "pageferry_copy_dma";
+/// The parameter that has the module take the board's engine alone: the name of its driver.
+pub const BOARD: &str = "devices=xilinx-zynqmp-dma";
+/// The test part that is a DMA engine.
+const ENGINE: &str = "pageferry_dma_test";
+
+/// Moves memory there and back; how many of its pages a module copied.
+pub fn there_and_back(memory: &Memory) -> u64 {
+    let before = vmstat("pgmigrate_offload_success");
+    memory.must_move_to(0);
+    memory.must_move_to(1);
+    memory.verify();
+    memory.must_move_to(0);
+    memory.verify();
+    vmstat("pgmigrate_offload_success") - before
+}
+
+/// How often each channel of the board's engine has interrupted.
+pub fn interrupts() -> Vec<u64> {
+    let text = fs::read_to_string("/proc/interrupts").expect("procfs");
+    let lines = text.lines().filter(|line| line.contains("zynqmp-dma"));
+    // After the interrupt's number, a count of each CPU.
+    let counts = |line: &str| {
+        line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()).sum()
+    };
+    lines.map(counts).collect()
+}
+
+/// How the engine behaves, as `mode` of the test part says it.
+#[derive(Clone, Copy, Debug)]
+pub enum Mode {
+    Honest,
+    Fails,
+    Lies,
+    Misdirects,
+    Hangs,
+    Late,
+    Quiet,
+    Refuses,
+    Rejects,
+}
+
+/// The engine that misbehaves. It is loaded once: channels that were given up keep it there.
+pub struct Engine;
+
+impl Engine {
+    /// The parameter that has the module take its channels alone.
+    pub const DEVICES: &str = "devices=pageferry_dma_test";
+
+    /// Loads it, or takes the one that is there; honest, until told otherwise. Says why there is
+    /// none.
+    pub fn get() -> Option<Self> {
+        let file = format!("/copiers/{ENGINE}.ko");
+        if !fs::exists(&file).expect("a path") {
+            eprintln!("skipped: this kernel has no DMA engines");
+            return None;
+        }
+        if !fs::exists(format!("/sys/module/{ENGINE}")).expect("sysfs") {
+            let out = Command::new("insmod").arg(file).output().expect("busybox");
+            assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        }
+        let engine = Self;
+        engine.set("mask_bits", 64);
+        engine.set("descriptors", 8);
+        engine.set("unordered", 0);
+        engine.be(Mode::Honest);
+        Some(engine)
+    }
+
+    pub fn be(&self, mode: Mode) {
+        self.set("mode", mode as u64);
+    }
+
+    pub fn set(&self, parameter: &str, value: u64) {
+        let path = format!("/sys/module/{ENGINE}/parameters/{parameter}");
+        fs::write(path, value.to_string()).expect("in range");
+    }
+
+    pub fn late_writes(&self) -> u64 {
+        let path = format!("/sys/module/{ENGINE}/parameters/late_writes");
+        let text = fs::read_to_string(path).expect("readable");
+        text.trim().parse().expect("a number")
+    }
+}
