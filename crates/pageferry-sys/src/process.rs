@@ -52,7 +52,7 @@ pub trait ProcessView: Send + Sync + std::fmt::Debug {
     fn maps(&self) -> Result<Box<dyn ReadMaps>, Errno>;
     /// What the devices of its mappings are.
     fn backings(&self) -> Backings;
-    /// `PAGEMAP_SCAN`; see [`Pagemap`]. `ENOTTY`: the kernel has none (before 6.7).
+    /// `PAGEMAP_SCAN`; see [`Pagemap`](crate::pagemap::Pagemap). `ENOTTY`: the kernel has none (before 6.7).
     fn scan(
         &self,
         start: usize,

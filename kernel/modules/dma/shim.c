@@ -9,6 +9,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/completion.h>
+#include <linux/delay.h>
 #include <linux/dma-mapping.h>
 #include <linux/dmaengine.h>
 #include <linux/ktime.h>
@@ -29,11 +30,14 @@
 #define MOST_CHANNELS	32
 #define MOST_KIB	(1U << 20)
 #define MOST_MS		600000
+/* Long for a driver's tasklet, short for who waits for the migration. */
+#define FREEING_MS	20
 /*
  * Parts of folios in a channel's share of a batch: as many as a batch has folios
- * at most (NR_MAX_BATCHED_MIGRATION and one more), and one that is cut.
+ * at most (NR_MAX_BATCHED_MIGRATION and one more), one that is cut, and those
+ * that are cut because a device takes no more at once (64 KiB unless it says so).
  */
-#define MOST_PARTS	(HPAGE_PMD_NR + 2)
+#define MOST_PARTS	(HPAGE_PMD_NR + 2 + 2 * HPAGE_PMD_SIZE / SZ_64K)
 /* Mapped, the two sides may be cut in different places. */
 #define MOST_COPIES	(2 * MOST_PARTS)
 
@@ -297,17 +301,22 @@ void pf_give(struct pf_channel *c)
 int pf_add(struct pf_channel *c, struct folio *dst, struct folio *src,
 	   size_t offset, size_t len, size_t at)
 {
-	if (c->parts == MOST_PARTS)
-		return -ENOSPC;
-	/* As new, one by one: a batch need not have as many as there is room for. */
-	sg_init_table(&c->src[c->parts], 1);
-	sg_init_table(&c->dst[c->parts], 1);
-	sg_unmark_end(&c->src[c->parts]);
-	sg_unmark_end(&c->dst[c->parts]);
-	sg_set_folio(&c->src[c->parts], src, len, offset);
-	sg_set_folio(&c->dst[c->parts], dst, len, offset);
-	c->starts[c->parts++] = at;
-	c->end = at + len;
+	size_t most = dma_get_max_seg_size(c->chan->device->dev), part;
+
+	for (; len; offset += part, at += part, len -= part) {
+		if (c->parts == MOST_PARTS)
+			return -ENOSPC;
+		part = min(len, most);
+		/* As new, one by one: a batch need not fill the room there is. */
+		sg_init_table(&c->src[c->parts], 1);
+		sg_init_table(&c->dst[c->parts], 1);
+		sg_unmark_end(&c->src[c->parts]);
+		sg_unmark_end(&c->dst[c->parts]);
+		sg_set_folio(&c->src[c->parts], src, part, offset);
+		sg_set_folio(&c->dst[c->parts], dst, part, offset);
+		c->starts[c->parts++] = at;
+		c->end = at + part;
+	}
 	return 0;
 }
 
@@ -349,6 +358,29 @@ static void used_up(struct scatterlist **next, unsigned int *used,
 }
 
 /*
+ * A descriptor for the next @len bytes.  Drivers free theirs a moment after they
+ * say that a copy is done: a channel that has taken copies before, and has none
+ * under way now, is given time for that.
+ */
+static struct dma_async_tx_descriptor *prepare(struct pf_channel *c, size_t len,
+					       unsigned long flags, bool wait)
+{
+	ktime_t until = ktime_add_ms(ktime_get(), FREEING_MS);
+
+	for (;;) {
+		struct dma_async_tx_descriptor *tx;
+
+		tx = dmaengine_prep_dma_memcpy(c->chan,
+				sg_dma_address(c->next_dst) + c->dst_used,
+				sg_dma_address(c->next_src) + c->src_used,
+				len, flags);
+		if (tx || !wait || ktime_after(ktime_get(), until))
+			return tx;
+		usleep_range(20, 100);
+	}
+}
+
+/*
  * Asks the device for as many copies as it takes, with one interrupt for all of
  * them if it keeps their order, or none if the end is polled for; the bytes that
  * are left.  To be waited for whatever it returns.
@@ -369,11 +401,9 @@ size_t pf_submit(struct pf_channel *c, bool polled)
 		struct dma_async_tx_descriptor *tx;
 		struct copy *copy;
 
-		tx = dmaengine_prep_dma_memcpy(c->chan,
-				sg_dma_address(c->next_dst) + c->dst_used,
-				sg_dma_address(c->next_src) + c->src_used, len,
-				DMA_CTRL_ACK |
-				(is_last && !polled ? DMA_PREP_INTERRUPT : 0));
+		tx = prepare(c, len, DMA_CTRL_ACK |
+			     (is_last && !polled ? DMA_PREP_INTERRUPT : 0),
+			     c->copies == first && c->takes);
 		if (!tx)
 			break;
 		copy = &c->copy[c->copies];
@@ -398,8 +428,10 @@ size_t pf_submit(struct pf_channel *c, bool polled)
 	}
 	c->first = first;
 	/* As many as it is known to take: beyond it each may be the last. */
-	c->takes = c->at < c->end ? max(c->copies - first, 1U) :
-				    max(c->copies - first, c->takes);
+	if (c->at < c->end)
+		c->takes = c->copies - first;
+	else
+		c->takes = max(c->copies - first, c->takes);
 	dma_async_issue_pending(c->chan);
 	if (atomic_dec_and_test(&c->under_way))
 		complete(&c->all_done);
