@@ -35,8 +35,14 @@ pub(crate) enum Clock {
 
 /// Test binaries that no machine runs: they look at a kernel that is made up, or at no kernel, and
 /// would say in a guest what they say everywhere.
-const ELSEWHERE: &[&str] =
-    &["bad_input", "process_age", "process_fake", "process_faults", "process_planner"];
+const ELSEWHERE: &[&str] = &[
+    "bad_input",
+    "process_age",
+    "process_fake",
+    "process_faults",
+    "process_missing",
+    "process_planner",
+];
 
 /// Test binaries that need a kernel of our own: `cargo xtask kernel test` runs them.
 const OF_KERNELS: &str = "kernel_";
