@@ -73,7 +73,7 @@ pub(crate) const MACHINES: &[Machine] = &[
             Node { mib: 1024, cpus: 0 },
         ],
         distances: &[(0, 1, SOCKET), (0, 2, LINK), (1, 2, LINK)],
-        suites: &["node_", "process_"],
+        suites: &["node_", "process_kinds", "process_nodes"],
         hugetlb: 8,
         clock: Clock::Time,
     },
