@@ -2,9 +2,9 @@
 
 use anyhow::{Context as _, bail};
 use std::fmt;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 /// How a stage ended.
@@ -116,6 +116,32 @@ pub(crate) fn finish(command: &mut Command) -> anyhow::Result<Ran> {
     Ok(Ran::Done)
 }
 
+/// As [`finish`], for a command that runs tests: the error names those that failed.
+pub(crate) fn finish_tests(command: &mut Command) -> anyhow::Result<Ran> {
+    say(format_args!("$ {}", shown(command)));
+    let context = format!("cannot run {}", shown(command));
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| context.clone())?;
+    let mut failed = Vec::new();
+    if let Some(output) = child.stdout.take() {
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line.with_context(|| context.clone())?;
+            let line = String::from_utf8_lossy(&line);
+            say(&line);
+            failed.extend(failed_test(&line).map(str::to_owned));
+        }
+    }
+    let status = child.wait().context(context)?;
+    if !status.success() {
+        bail!("`{}`: {status}; failed: {}", shown(command), failed.join(", "));
+    }
+    Ok(Ran::Done)
+}
+
+/// The name, where the test harness says that a test has failed.
+fn failed_test(line: &str) -> Option<&str> {
+    line.strip_prefix("test ")?.strip_suffix(" ... FAILED")
+}
+
 /// The command as one would type it.
 fn shown(command: &Command) -> String {
     let set = command.get_envs().filter_map(|(name, value)| {
@@ -154,6 +180,14 @@ mod tests {
         let mut command = Command::new("/opt/bin/cargo");
         command.args(["test", "--lib"]).env("RUSTFLAGS", "--cfg loom");
         assert_eq!(shown(&command), "RUSTFLAGS=\"--cfg loom\" cargo test --lib");
+    }
+
+    #[test]
+    fn a_test_that_fails_is_told_from_others() {
+        assert_eq!(failed_test("test a::b ... FAILED"), Some("a::b"));
+        for line in ["test a::b ... ok", "test result: FAILED. 1 passed", "", "machine: FAILED"] {
+            assert_eq!(failed_test(line), None);
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::guest;
 use crate::kernel;
 use crate::needs;
-use crate::stage::{Ran, Stages, cargo, finish, root, say, target_dir};
+use crate::stage::{Ran, Stages, cargo, finish, finish_tests, root, say, target_dir};
 use anyhow::{Context as _, bail};
 use std::process::Command;
 
@@ -26,7 +26,10 @@ pub(crate) fn test(fast: bool) -> Stages {
     // `--show-output`: a test that is skipped for want of a capability says so and passes.
     stages.run("Unit, property and integration tests", || {
         let what = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
-        finish(cargo(what).args(["--", "--show-output"]))
+        let mut tests = cargo(what);
+        // Engines that panic because they are told to would bury the rest under backtraces.
+        tests.args(["--", "--show-output"]).env("RUST_BACKTRACE", "0");
+        finish_tests(&mut tests)
     });
     stages.run("Documentation's examples", || finish(&mut cargo(["test", "--workspace", "--doc"])));
     stages.run("Model checking: copy batches", || {

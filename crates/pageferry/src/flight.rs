@@ -28,7 +28,7 @@
 //!    over it is not detached at all, since what is there by then may be new. So an attach comes either before the event is read
 //!    (and the pages are dropped after it) or after the mark (and skips them). Pages of the range
 //!    that were *not* in the air could be detached between the event and the drop: a [`Quarantine`]
-//!    keeps new flights off them until the drop is seen to be done.
+//!    keeps them, marked gone from the start, out of new flights until the drop is seen to be done.
 //!
 //! Loom checks 1 to 5 (`flight_model`, under `--cfg loom`).
 
@@ -152,7 +152,7 @@ pub(crate) enum Verdict {
 /// Why a flight cannot open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// Part of the range is being given up by the program.
+    /// The range, or part of its huge folio, is being given up by the program.
     Quarantined,
     /// Part of the range was unmapped or moved away since the move began; whatever is mapped there
     /// now is not ours.
@@ -198,7 +198,8 @@ impl Flights {
         }
     }
 
-    /// Opens a flight over `range` (at most [`MAX_PAGES`] pages) without a hole.
+    /// Opens a flight over `range` (at most [`MAX_PAGES`] pages) without a hole. Pages that are
+    /// being given up are marked as such; a huge folio with any does not fly.
     ///
     /// `is_missing` tells whether nothing is mapped at a page; it is asked only about a range
     /// that was given up a moment ago.
@@ -210,8 +211,11 @@ impl Flights {
     ) -> Result<FlightId, Refused> {
         debug_assert!(range.len() <= MAX_PAGES * self.page);
         let _shared = self.gate.shared();
-        if self.any_rare.load(R) {
-            self.refuse(&range, is_missing)?;
+        let gone = if self.any_rare.load(R) { self.given_up(&range, is_missing)? } else { None };
+        if let Some(gone) = &gone
+            && (huge || (0..range.len() / self.page).all(|page| bit(gone, page)))
+        {
+            return Err(Refused::Quarantined);
         }
         for (index, flight) in self.slots.iter().enumerate() {
             // `start` claims the slot: several conductors hold the gate at once. Acquire pairs
@@ -222,11 +226,12 @@ impl Flights {
                 flight.hole_start.store(range.start, R);
                 flight.hole_end.store(range.start, R);
                 flight.waiters.store(0, R);
-                flight.any_gone.store(false, R);
+                flight.any_gone.store(gone.is_some(), R);
                 flight.huge.store(huge, R);
                 flight.seq.store(self.detours.load(R), R);
-                for word in flight.dirty.iter().chain(&flight.gone) {
-                    word.store(0, R);
+                flight.dirty.iter().for_each(|word| word.store(0, R));
+                for (word, bits) in flight.gone.iter().zip(gone.unwrap_or([0; WORDS])) {
+                    word.store(bits, R);
                 }
                 flight.end.store(range.end, R);
                 return Ok(FlightId(index));
@@ -320,11 +325,12 @@ impl Flights {
         taken
     }
 
-    fn refuse(
+    /// The pages of a range that are being given up (`None`: no page is).
+    fn given_up(
         &self,
         range: &Range<usize>,
         is_missing: impl Fn(usize) -> bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<Option<Bits>, Refused> {
         let mut rare = self.rare.lock();
         rare.quarantines.retain(|q| q.since.elapsed() < QUARANTINE && !is_missing(q.witness));
         self.any_rare.store(!rare.is_empty(), R);
@@ -332,10 +338,15 @@ impl Flights {
         if left.clone().any(|r| overlap(r, range)) {
             return Err(Refused::Unmapped);
         }
-        if rare.quarantines.iter().any(|q| overlap(&q.range, range)) {
-            return Err(Refused::Quarantined);
+        let mut gone = None;
+        for quarantine in rare.quarantines.iter().filter(|q| overlap(&q.range, range)) {
+            let gone = gone.get_or_insert([0; WORDS]);
+            let pages = range.clone().step_by(self.page).enumerate();
+            for (page, _) in pages.filter(|(_, addr)| quarantine.range.contains(addr)) {
+                gone[page / 64] |= 1 << (page % 64);
+            }
         }
-        Ok(())
+        Ok(gone)
     }
 
     /// Takes the gate for the handler. Messages are read and acted on while this is held.

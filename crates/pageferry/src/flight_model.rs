@@ -322,6 +322,19 @@ fn what_the_program_gives_up_stays_given_up_when_the_next_transaction_begins() {
     discards(2, Flaw::None);
 }
 
+/// The next flight takes the page beside it along.
+#[test]
+fn a_page_beside_one_that_is_being_given_up_keeps_its_content() {
+    let discard = |kernel: &Kernel| {
+        kernel.discard(0);
+        (kernel.access(0, None), kernel.access(1, None))
+    };
+    model([Some(OLD), Some(NEW)], 0..2, 2, Flaw::None, discard, |read, words| {
+        assert_eq!((read.0, words[0]), (0, Some(0)), "old data came back");
+        assert_eq!((read.1, words[1]), (NEW, Some(NEW)), "lost write");
+    });
+}
+
 #[test]
 #[should_panic(expected = "old data came back")]
 fn an_attach_that_does_not_look_for_what_was_given_up_brings_it_back() {

@@ -280,8 +280,8 @@ impl<'c> Berth<'c> {
         Ok(rest)
     }
 
-    /// Step 2: announces the flight. False: the range cannot be moved now; the segment is
-    /// unloaded with outcome `Discarding`.
+    /// Step 2: announces the flight. False: none of the range can be moved now; the segment is
+    /// unloaded with outcome `Discarding` or `Gone`.
     pub(crate) fn open(&mut self, order: Order, tally: &mut Tally) -> bool {
         self.order = order;
         let range = self.seg().range.clone();
