@@ -6,6 +6,7 @@ use crate::bench::BenchArgs;
 use crate::completions::CompletionsArgs;
 use crate::demo::DemoArgs;
 use crate::doctor::DoctorArgs;
+use crate::engines::EnginesArgs;
 use crate::exit::Exit;
 use crate::man::ManArgs;
 use crate::process::{MigratepagesArgs, MoveArgs, WhereArgs};
@@ -48,6 +49,8 @@ pub(crate) enum Command {
     Migratepages(MigratepagesArgs),
     /// Show nodes, tiers, CPUs, caches and distances
     Topology(TopologyArgs),
+    /// Show who copies pages here: CPUs, the kernel's modules, DMA channels
+    Engines(EnginesArgs),
     /// Check rights, kernel features and settings, with remedies
     Doctor(DoctorArgs),
     /// Print a completion script for a shell

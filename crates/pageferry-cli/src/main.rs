@@ -13,13 +13,17 @@ mod bench;
 mod cancel;
 mod cli;
 mod completions;
+mod copiers;
 mod demo;
 mod doctor;
+mod engines;
 mod exit;
+mod host;
 mod man;
 mod output;
 mod process;
 mod size;
+mod table;
 mod topology;
 
 use std::process::ExitCode;
@@ -52,6 +56,7 @@ fn run(command: Command, context: &Context) -> anyhow::Result<Exit> {
         Command::Migratepages(args) => process::migratepages(&args),
         Command::Topology(args) => topology::run(&args, context),
         Command::Doctor(args) => doctor::run(&args, context),
+        Command::Engines(args) => engines::run(&args, context),
         Command::Completions(args) => completions::run(&args, context),
         Command::Man(args) => man::run(&args, context),
     }

@@ -3,11 +3,14 @@
 
 mod kernel_common;
 
-use kernel_common::{Kind, MT, Memory, Module, TEST, Writers, here, vmstat};
+use kernel_common::{HUGE, Kind, MT, Memory, Module, TEST, Writers, here, vmstat};
 use pageferry_sys::page_size;
+use pageferry_sys::usage::move_pages;
+use std::fs;
 use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
+const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
 /// Moves memory there and back; how many of its pages a module copied.
 fn there_and_back(memory: &Memory) -> u64 {
@@ -144,4 +147,60 @@ fn every_reason_to_migrate_may_be_left_out() {
     assert_eq!(there_and_back(&memory), 0);
     module.set("reasons", "all").expect("all");
     assert!(there_and_back(&memory) > 0);
+}
+
+/// The setting for transparent huge pages of one size; put back when this is dropped.
+struct Size {
+    file: String,
+    before: &'static str,
+}
+
+impl Size {
+    fn set(bytes: usize, value: &str, before: &'static str) -> Self {
+        let file = format!("{THP}/hugepages-{}kB/enabled", bytes >> 10);
+        fs::write(&file, value).unwrap_or_else(|error| panic!("{file}: {error}"));
+        Self { file, before }
+    }
+}
+
+impl Drop for Size {
+    fn drop(&mut self) {
+        fs::write(&self.file, self.before).expect("as before");
+    }
+}
+
+/// Folios of a size that were split so far.
+fn splits(bytes: usize) -> u64 {
+    let file = format!("{THP}/hugepages-{}kB/stats/split", bytes >> 10);
+    fs::read_to_string(file).expect("counted since Linux 6.10").trim().parse().expect("a number")
+}
+
+#[test]
+fn folios_of_every_size_are_copied_whole() {
+    if !here() {
+        return;
+    }
+    let _module = Module::load(MT, &["least_kib=4"]);
+    // The default of the largest, Documentation/admin-guide/mm/transhuge.rst.
+    let _none = Size::set(HUGE, "never", "inherit");
+    for folio in [16 << 10, 64 << 10, 256 << 10, MIB] {
+        let _size = Size::set(folio, "madvise", "never");
+        let before = vmstat("pgmigrate_offload_success");
+        // New folios each time: migration unmaps them page by page, for which Linux 6.12 (with "mm:
+        // migrate: requeue destination folio on deferred split queue") takes them for partially
+        // mapped, and splits them when they migrate again.
+        for node in [1, 0, 1] {
+            let memory = Memory::new(Kind::Huge, 8 * MIB);
+            let split = splits(folio);
+            let pages: Vec<usize> = memory.range().step_by(folio).collect();
+            let mut status = vec![i32::MIN; pages.len()];
+            let left = move_pages(&pages, &vec![node; pages.len()], &mut status);
+            left.expect("move_pages");
+            memory.verify();
+            memory.must_be_on(node);
+            assert_eq!(splits(folio), split, "{} KiB", folio >> 10);
+        }
+        let copied = vmstat("pgmigrate_offload_success") - before;
+        assert!(copied >= (8 * MIB / page_size()) as u64, "{folio}: {copied} pages");
+    }
 }

@@ -356,3 +356,50 @@ fn the_command_moves_programs_by_the_module() {
     let told = String::from_utf8_lossy(&doctor.stdout).into_owned();
     assert!(told.contains("in batches by pageferry_copy_mt"), "{told}");
 }
+
+#[test]
+fn the_command_measures_who_copies_and_puts_the_settings_back() {
+    if !here() {
+        return;
+    }
+    let module = Module::load(MT, &["helpers=3", "least_kib=64"]);
+    let thp = "/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled";
+    let before = fs::read_to_string(thp).expect("folios of 64 KiB");
+    let out = Command::new("/bin/pageferry")
+        .args(["bench", "--kernel-matrix", "--size", "8M", "--rounds", "1", "--json"])
+        .output()
+        .expect("the command");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let matrix: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    assert!(matrix["emulated"].is_string(), "{matrix}");
+    let rows = matrix["rows"].as_array().expect("rows");
+    let sizes: Vec<u64> = rows.iter().filter_map(|row| row["folio_bytes"].as_u64()).collect();
+    assert_eq!(sizes, [4, 16, 64, 256, 1024, 2048].map(|kib| kib << 10));
+    for row in rows {
+        assert!(row["skipped"].is_null(), "{row}");
+        let cells = row["cells"].as_array().expect("cells");
+        assert_eq!(cells.len(), 11);
+        for cell in cells {
+            assert!(cell["gb_per_s"].is_null(), "no rate is given where CPUs are emulated: {cell}");
+            let bytes = |name: &str| cell[name].as_u64().expect("bytes");
+            match (cell["copier"].as_str(), cell["count"].as_u64()) {
+                (Some("kernel"), None) => assert_eq!(bytes("offloaded_bytes"), 0),
+                (Some("threads"), Some(1 | 2)) => {
+                    assert!(bytes("offloaded_bytes") > 0, "{cell}");
+                }
+                _ => {
+                    assert!(cell["skipped"].is_string(), "{cell}");
+                    continue;
+                }
+            }
+            assert_eq!(bytes("moved_bytes"), 8 << 20, "{cell}");
+        }
+    }
+    assert_eq!(fs::read_to_string(thp).expect("folios of 64 KiB"), before);
+    let now = [module.get("helpers"), module.get("least_kib"), module.get("enabled")];
+    assert_eq!(now, ["3", "64", "Y"]);
+    let engines = Command::new("/bin/pageferry").arg("engines").output().expect("the command");
+    let told = String::from_utf8_lossy(&engines.stdout).into_owned();
+    assert!(told.contains("batches are copied by pageferry_copy_mt"), "{told}");
+    assert!(told.contains("helpers 3"), "{told}");
+}

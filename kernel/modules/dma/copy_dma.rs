@@ -32,7 +32,7 @@ mod share;
 mod shim;
 
 use items::Items;
-use shim::{Channel, Settings};
+use shim::{Channel, Laps, Part, Settings};
 
 module! {
     type: CopyDma,
@@ -84,6 +84,7 @@ impl Channels {
         srcs: *mut bindings::list_head,
         folios: usize,
     ) -> Result {
+        let mut laps = Laps::start();
         let settings = shim::settings();
         // SAFETY: passed on.
         let items = unsafe { Items::take(dsts, srcs, folios)? };
@@ -97,18 +98,26 @@ impl Channels {
             return Err(EBUSY);
         }
         let channels = &taken[..count];
-        self.run(&items, channels, &settings);
+        laps.end(Part::Gather);
+        self.run(&items, channels, &settings, &mut laps);
         for channel in channels.iter().flatten() {
             channel.give();
         }
         // SAFETY: no device is at work on a folio that has not failed.
         let failed = unsafe { items.mark() };
+        laps.end(Part::Finish);
         shim::count(items.bytes, failed);
         Ok(())
     }
 
     /// Has the channels copy, each its share.
-    fn run(&self, items: &Items, channels: &[Option<&Channel>], settings: &Settings) {
+    fn run(
+        &self,
+        items: &Items,
+        channels: &[Option<&Channel>],
+        settings: &Settings,
+        laps: &mut Laps,
+    ) {
         let pages = items.bytes / PAGE_SIZE;
         let share_of = |index| {
             let (start, end) = share::part(pages, channels.len(), index);
@@ -118,19 +127,24 @@ impl Channels {
         let mut left = [None; MOST_CHANNELS];
         for (index, channel) in channels.iter().flatten().enumerate() {
             let (start, end) = share_of(index);
+            let mapped = channel.map(items, start, end);
+            laps.end(Part::Map);
             // A share that cannot be mapped is the kernel's to copy.
-            match channel.map(items, start, end) {
+            match mapped {
                 Ok(()) => left[index] = Some(channel.submit(settings)),
                 Err(_) => items.fail(start, end),
             }
+            laps.end(Part::Submit);
         }
         // In rounds: a channel is asked for more as soon as its turn comes, not when others end.
         while left.iter().any(Option::is_some) {
             for (index, channel) in channels.iter().flatten().enumerate() {
                 let Some(rest) = left[index] else { continue };
                 let late = channel.wait(settings).is_err();
+                laps.end(Part::Wait);
                 if rest > 0 && !late {
                     left[index] = Some(channel.submit(settings));
+                    laps.end(Part::Submit);
                     continue;
                 }
                 left[index] = None;
@@ -145,6 +159,7 @@ impl Channels {
                     }
                 });
                 channel.unmap();
+                laps.end(Part::Unmap);
             }
         }
         if settings.verify {

@@ -130,6 +130,13 @@ SUM(timeouts, "Transfers that did not end in time");
 SUM(retired_channels, "Channels given up");
 SUM(kept_folios, "Folios kept for good because a device may still write to them");
 SUM(lies, "Folios that a device said it had copied and had not (verify)");
+/* Of those who asked, by part of a batch; ordered as `enum Part` of shim.rs. */
+SUM(gather_ns, "Time spent on listing folios and taking channels");
+SUM(map_ns, "Time spent on mapping for the device");
+SUM(submit_ns, "Time spent on preparing and submitting descriptors");
+SUM(wait_ns, "Time spent on waiting for the device");
+SUM(unmap_ns, "Time spent on ending the mapping");
+SUM(finish_ns, "Time spent on comparing (verify) and marking");
 
 void pf_settings(struct pf_settings *now)
 {
@@ -146,6 +153,23 @@ void pf_count(size_t all, size_t failed)
 	atomic64_add(all, &bytes);
 	if (failed)
 		atomic64_add(failed, &failed_folios);
+}
+
+u64 pf_now(void)
+{
+	return ktime_get_ns();
+}
+
+/* The time since @since goes to a part; the time now. */
+u64 pf_lap(unsigned int part, u64 since)
+{
+	static atomic64_t *const parts[] = {
+		&gather_ns, &map_ns, &submit_ns, &wait_ns, &unmap_ns, &finish_ns,
+	};
+	u64 now = ktime_get_ns();
+
+	atomic64_add(now - since, parts[part]);
+	return now;
 }
 
 /* One copy that a device was asked for. */

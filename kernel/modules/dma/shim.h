@@ -21,6 +21,8 @@ struct pf_settings {
 /* For copy_dma.rs, in shim.c. */
 void pf_settings(struct pf_settings *now);
 void pf_count(size_t bytes, size_t failed);
+u64 pf_now(void);
+u64 pf_lap(unsigned int part, u64 since);
 void pf_count_lie(struct pf_channel *channel, struct folio *dst);
 size_t pf_open(struct pf_channel **out, size_t most);
 void pf_close(struct pf_channel *channel);

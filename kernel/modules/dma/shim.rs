@@ -30,6 +30,8 @@ type Raw = *mut c_void;
 extern "C" {
     fn pf_settings(now: *mut Settings);
     fn pf_count(bytes: usize, failed: usize);
+    fn pf_now() -> u64;
+    fn pf_lap(part: Part, since: u64) -> u64;
     fn pf_count_lie(channel: Raw, dst: *mut bindings::folio);
     fn pf_open(out: *mut Raw, most: usize) -> usize;
     fn pf_close(channel: Raw);
@@ -80,6 +82,34 @@ pub(crate) fn settings() -> Settings {
 pub(crate) fn count(bytes: usize, failed: usize) {
     // SAFETY: takes numbers.
     unsafe { pf_count(bytes, failed) };
+}
+
+/// Parts of a batch, in the order that `pf_lap` has them in.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) enum Part {
+    Gather,
+    Map,
+    Submit,
+    Wait,
+    Unmap,
+    Finish,
+}
+
+/// Tells where the time of a batch goes.
+pub(crate) struct Laps(u64);
+
+impl Laps {
+    pub(crate) fn start() -> Self {
+        // SAFETY: reads a clock.
+        Self(unsafe { pf_now() })
+    }
+
+    /// What has passed since the last lap goes to `part`.
+    pub(crate) fn end(&mut self, part: Part) {
+        // SAFETY: adds to a counter.
+        self.0 = unsafe { pf_lap(part, self.0) };
+    }
 }
 
 /// A DMA channel that this module has. Between `take` and `give` one batch has it.

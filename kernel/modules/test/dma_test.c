@@ -106,7 +106,7 @@ static int mask_set(const char *val, const struct kernel_param *kp)
 {
 	unsigned int n;
 
-	if (!pdev || kstrtouint(val, 0, &n) || n < 31 || n > 64)
+	if (!pdev || kstrtouint(val, 0, &n) || n < 24 || n > 64)
 		return -EINVAL;
 	mask_bits = n;
 	/* dma_set_mask() refuses what is of no use. */
@@ -119,7 +119,7 @@ static const struct kernel_param_ops mask_ops = {
 	.get = param_get_uint,
 };
 module_param_cb(mask_bits, &mask_ops, &mask_bits, 0644);
-MODULE_PARM_DESC(mask_bits, "Bits of an address that it has (31 to 64)");
+MODULE_PARM_DESC(mask_bits, "Bits of an address that it has (24 to 64)");
 
 static int unordered_set(const char *val, const struct kernel_param *kp)
 {

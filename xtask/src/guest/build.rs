@@ -103,9 +103,9 @@ pub(crate) fn build(target: Target) -> anyhow::Result<Built> {
 }
 
 /// Builds an example of the library, in the same way.
-pub(crate) fn example(name: &str) -> anyhow::Result<Binary> {
+pub(crate) fn example(name: &str, target: Target) -> anyhow::Result<Binary> {
     let mut cargo = cargo(["build", "--quiet", "-p", LIBRARY, "--example", name]);
-    let folder = statically(&mut cargo, Target::Here).join(Target::Here.triple());
+    let folder = statically(&mut cargo, target).join(target.triple());
     let path = folder.join("debug/examples").join(name);
     let status = cargo.status().context("cannot run cargo")?;
     if !status.success() {

@@ -50,6 +50,8 @@ const OF_KERNELS: &str = "kernel_";
 /// The machine for comparisons, of no use for tests: most of what goes wrong there needs two CPUs.
 pub(crate) const COUNTED: &str = "counted";
 
+/// Distance of a node to itself (ACPI, SLIT).
+const LOCAL: u8 = 10;
 /// Distance of two sockets, and of memory behind a link (CXL), as usual in firmware.
 const SOCKET: u8 = 20;
 const LINK: u8 = 31;
@@ -157,11 +159,49 @@ impl Machine {
                 numa += &format!(",cpus={cpu}");
             }
             next += node.cpus;
+            if self.has_tiers() {
+                // Who reaches memory without CPUs fastest: the first node that has any.
+                numa += &format!(",initiator={}", if node.cpus > 0 { id } else { 0 });
+            }
             words.extend(["-object".into(), backend, "-numa".into(), numa]);
         }
         for (from, to, distance) in self.distances {
             words.push("-numa".into());
             words.push(format!("dist,src={from},dst={to},val={distance}"));
+        }
+        if self.has_tiers() {
+            words.extend(self.hmat());
+        }
+        words
+    }
+
+    /// Whether memory lies behind a link: Linux is told how slow it is, and makes it a lower tier.
+    fn has_tiers(&self) -> bool {
+        self.distances.iter().any(|(_, _, distance)| *distance == LINK)
+    }
+
+    /// Latencies and bandwidths from each node with CPUs to each node, as in ACPI's HMAT: in
+    /// proportion to the distances.
+    fn hmat(&self) -> Vec<String> {
+        let distance = |from: usize, to: usize| {
+            let pair = (from.min(to), from.max(to));
+            let found = self.distances.iter().find(|(a, b, _)| (*a, *b) == pair);
+            found.map_or(LOCAL, |(_, _, distance)| *distance)
+        };
+        let mut words = vec!["-machine".into(), "hmat=on".into()];
+        let initiators = (0..self.nodes.len()).filter(|node| self.nodes[*node].cpus > 0);
+        for from in initiators {
+            for to in 0..self.nodes.len() {
+                let far = u32::from(distance(from, to));
+                let pair = format!("hmat-lb,initiator={from},target={to},hierarchy=memory");
+                let (ns, mib) = (10 * far, 200_000 / far);
+                words.extend([
+                    "-numa".into(),
+                    format!("{pair},data-type=access-latency,latency={ns}"),
+                    "-numa".into(),
+                    format!("{pair},data-type=access-bandwidth,bandwidth={mib}M"),
+                ]);
+            }
         }
         words
     }
@@ -188,16 +228,24 @@ mod tests {
 
     #[test]
     fn a_machine_is_told_to_qemu_node_by_node() {
-        let words = Machine::named("tier").expect("in the table").words().join(" ");
+        let words = |name| Machine::named(name).expect("in the table").words().join(" ");
         assert_eq!(
-            words,
-            "-smp 2,sockets=2 -m 2304M \
-             -object memory-backend-ram,id=m0,size=768M -numa node,nodeid=0,memdev=m0,cpus=0 \
-             -object memory-backend-ram,id=m1,size=512M -numa node,nodeid=1,memdev=m1,cpus=1 \
-             -object memory-backend-ram,id=m2,size=1024M -numa node,nodeid=2,memdev=m2 \
-             -numa dist,src=0,dst=1,val=20 -numa dist,src=0,dst=2,val=31 \
-             -numa dist,src=1,dst=2,val=31"
+            words("small"),
+            "-smp 2,sockets=2 -m 1184M \
+             -object memory-backend-ram,id=m0,size=1024M -numa node,nodeid=0,memdev=m0,cpus=0,cpus=1 \
+             -object memory-backend-ram,id=m1,size=160M -numa node,nodeid=1,memdev=m1 \
+             -numa dist,src=0,dst=1,val=20"
         );
+        let tier = words("tier");
+        for part in [
+            "-numa node,nodeid=2,memdev=m2,initiator=0",
+            "-numa dist,src=1,dst=2,val=31 -machine hmat=on",
+            "initiator=1,target=2,hierarchy=memory,data-type=access-latency,latency=310",
+            "initiator=0,target=0,hierarchy=memory,data-type=access-bandwidth,bandwidth=20000M",
+        ] {
+            assert!(tier.contains(part), "{part} in {tier}");
+        }
+        assert_eq!(tier.matches("hmat-lb").count(), 2 * 2 * 3);
     }
 
     #[test]

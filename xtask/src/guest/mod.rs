@@ -226,12 +226,21 @@ pub(crate) fn shell_aarch64(kit: Kit) -> anyhow::Result<Ran> {
 pub(crate) fn cost_kernel(kit: impl FnOnce(Kit) -> Kit) -> anyhow::Result<Ran> {
     let mut workshop = Workshop::open()?;
     workshop.kit = kit(workshop.kit);
-    let built = Built { binaries: vec![build::example(COST)?], ..Built::default() };
-    let machine = Machine::named(COUNTED).map_err(anyhow::Error::msg)?;
-    // The machine that counts is never KVM's.
+    cost_on(&workshop, Machine::named(COUNTED).map_err(anyhow::Error::msg)?)
+}
+
+/// The same for arm64.
+pub(crate) fn cost_aarch64(kit: Kit) -> anyhow::Result<Ran> {
+    cost_on(&Workshop::aarch64(kit)?, &zcu102::COUNTED)
+}
+
+fn cost_on(workshop: &Workshop, machine: &'static Machine) -> anyhow::Result<Ran> {
+    let cost = build::example(COST, workshop.kit.target())?;
+    let built = Built { binaries: vec![cost], ..Built::default() };
+    // A machine that counts is never KVM's.
     let cpus = Cpus::Emulated("its clock counts instructions".into());
     say(format_args!("Linux {}", workshop.kit.release()));
-    measure(&workshop, &built, &cpus, machine, "cost")?;
+    measure(workshop, &built, &cpus, machine, "cost")?;
     Ok(Ran::Done)
 }
 
@@ -288,7 +297,7 @@ fn shell(workshop: &Workshop, machine: &'static Machine) -> anyhow::Result<Ran> 
 
 fn bench(workshop: &Workshop, given: Option<&'static Machine>) -> anyhow::Result<Ran> {
     let mut built = build::build(Target::Here)?;
-    built.binaries.push(build::example(COMPARISON)?);
+    built.binaries.push(build::example(COMPARISON, workshop.kit.target())?);
     let cpus = workshop.cpus(&built)?;
     for (mode, usual) in [("bench", "two"), ("compare", COUNTED)] {
         let machine =

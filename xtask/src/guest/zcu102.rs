@@ -30,6 +30,10 @@ pub(crate) const ZCU102: Machine = Machine {
     clock: Clock::Time,
 };
 
+/// The same, whose clock counts instructions.
+pub(crate) const COUNTED: Machine =
+    Machine { name: "zcu102-counted", clock: Clock::Instructions, ..ZCU102 };
+
 /// Where things are put in the first bank, before Linux runs.
 struct Placed;
 impl Placed {
@@ -86,7 +90,13 @@ pub(super) fn command(boot: &Boot<'_>, serial: &str, results: &str) -> anyhow::R
     write(&stub, &STUB.map(u32::to_le_bytes).concat())?;
 
     let mut command = Command::new(QEMU);
-    command.args(["-M", "xlnx-zcu102", "-m", "4G", "-smp", "2", "-accel", "tcg,thread=multi"]);
+    command.args(["-M", "xlnx-zcu102", "-m", "4G", "-smp", "2"]);
+    match boot.machine.clock {
+        Clock::Time => command.args(["-accel", "tcg,thread=multi"]),
+        Clock::Instructions => {
+            command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"])
+        }
+    };
     command.args(["-display", "none", "-monitor", "none", "-no-reboot"]);
     for (file, at) in [
         (boot.kit.kernel().as_path(), Placed::KERNEL),

@@ -19,8 +19,8 @@ pub(crate) enum Kernel {
     /// Build them, and run the tests of both in guests
     Test(TestArgs),
     /// Count the instructions of a folio's migration: the kernel as it is, with our patches, and
-    /// with the module of several CPUs
-    Cost,
+    /// with our modules (on arm64 the DMA copier's, by part)
+    Cost(CostArgs),
     /// A shell in a guest that runs them (Ctrl-A X ends it); the modules lie in /copiers
     Shell(ShellArgs),
 }
@@ -49,6 +49,13 @@ pub(crate) struct TestArgs {
     machine: Option<&'static Machine>,
     /// Only tests with this in `binary: name`
     filter: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CostArgs {
+    /// On this architecture
+    #[arg(long, value_enum, default_value_t = Arch::X86_64)]
+    arch: Arch,
 }
 
 #[derive(Debug, Args)]
@@ -128,7 +135,7 @@ pub(crate) fn kernel(what: &Kernel) -> Stages {
     stages.run("Kernel", || match what {
         Kernel::Build(which) => build(which),
         Kernel::Test(args) => test(args),
-        Kernel::Cost => cost(),
+        Kernel::Cost(args) => cost(args.arch),
         Kernel::Shell(args) if args.which.arch == Arch::Aarch64 => {
             guest::shell_aarch64(kit_aarch64(&args.which)?)
         }
@@ -153,14 +160,21 @@ fn kit(which: &Which) -> anyhow::Result<impl FnOnce(Kit) -> Kit + use<>> {
 fn kit_aarch64(which: &Which) -> anyhow::Result<Kit> {
     let home = tree::home()?;
     let tree = Tree::build(&home, which.arch, which.variant)?;
-    let modules = tree.modules(&home)?;
+    let modules = match which.variant {
+        Variant::Stock => Vec::new(),
+        _ => tree.modules(&home)?,
+    };
     let release = format!("6.12 ({})", which.variant.name());
     Kit::aarch64(&home.join("tools"), tree.image(), modules, release)
 }
 
-fn cost() -> anyhow::Result<Ran> {
+fn cost(arch: Arch) -> anyhow::Result<Ran> {
     for variant in [Variant::Stock, Variant::Pageferry] {
-        guest::cost_kernel(kit(&Which { arch: Arch::X86_64, variant })?)?;
+        let which = Which { arch, variant };
+        match arch {
+            Arch::X86_64 => guest::cost_kernel(kit(&which)?)?,
+            Arch::Aarch64 => guest::cost_aarch64(kit_aarch64(&which)?)?,
+        };
     }
     Ok(Ran::Done)
 }

@@ -25,6 +25,7 @@ mod figures;
 mod html;
 mod lab;
 mod machine;
+mod matrix;
 mod memory;
 mod moving;
 mod plan;
@@ -55,6 +56,9 @@ pub(crate) fn run(args: BenchArgs, context: &Context) -> anyhow::Result<Exit> {
     if args.schema {
         context.print_json(&schema::json_schema())?;
         return Ok(Exit::Ok);
+    }
+    if args.kernel_matrix {
+        return matrix::run(&args, context);
     }
     let plan = Plan::new(&args)?;
     // A stdout that is closed is an error now, not after minutes.

@@ -83,9 +83,23 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_enum, value_name = "SCENARIO", value_delimiter = ',', num_args = 1..)]
     only: Vec<Scenario>,
 
-    /// Size of each region that is moved, such as 512M [default: what fits]
+    /// Measure the kernel's migration between two nodes instead: folios of 4K to 2M, by the kernel
+    /// as it is, 1 to 16 threads, 1 to 16 DMA channels (docs/kernel.md). Takes root; THP settings
+    /// and module parameters are changed meanwhile and put back
+    #[arg(long, conflicts_with_all = ["quick", "smoke", "html", "only", "seconds"])]
+    pub(super) kernel_matrix: bool,
+
+    /// The node from which --kernel-matrix moves [default: the first with memory]
+    #[arg(long, value_name = "NODE", requires = "kernel_matrix")]
+    pub(super) from: Option<u32>,
+
+    /// The node to which --kernel-matrix moves [default: the next with memory]
+    #[arg(long, value_name = "NODE", requires = "kernel_matrix")]
+    pub(super) to: Option<u32>,
+
+    /// Size of each region that is moved, such as 512M [default: what fits; 1G of the matrix]
     #[arg(long, value_name = "BYTES", value_parser = parse_size)]
-    size: Option<u64>,
+    pub(super) size: Option<u64>,
 
     /// Seconds of each latency measurement, each round
     #[arg(long, value_name = "SECONDS")]
@@ -93,7 +107,7 @@ pub(crate) struct BenchArgs {
 
     /// Measured rounds
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    rounds: Option<u32>,
+    pub(super) rounds: Option<u32>,
 
     /// Print the JSON Schema of the results and end
     #[arg(long, exclusive = true)]
@@ -280,7 +294,7 @@ fn region(mode: Mode, asked: Option<u64>, free: u64) -> Result<usize, Problem> {
 }
 
 /// That an output can be written must be known before minutes are spent on its content.
-fn check_writable(file: &std::path::Path) -> Result<(), Problem> {
+pub(super) fn check_writable(file: &std::path::Path) -> Result<(), Problem> {
     if file.as_os_str() == "-" {
         return Ok(());
     }

@@ -39,6 +39,12 @@ impl<'a> Words<'a> {
         Self { base, len: region.len() / WORD, owner: PhantomData }
     }
 
+    /// The words of a buffer.
+    pub(super) fn of_buffer(buffer: &'a Buffer) -> Self {
+        let base = std::ptr::with_exposed_provenance::<u8>(buffer.start).expose_provenance();
+        Self { base, len: buffer.len / WORD, owner: PhantomData }
+    }
+
     /// How many words there are.
     pub(super) fn len(&self) -> usize {
         self.len

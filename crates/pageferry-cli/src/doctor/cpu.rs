@@ -6,7 +6,7 @@ use pageferry_sys::affinity;
 use pageferry_topology::{CpuId, CpuList};
 
 use super::Check;
-use super::host::{Capability, Host};
+use crate::host::{Capability, Host};
 
 pub(super) fn checks(host: &Host) -> Vec<Check> {
     let allowed = affinity::allowed_cpus();

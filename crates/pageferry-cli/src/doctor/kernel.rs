@@ -8,7 +8,7 @@ use pageferry_sys::uffd::{Features, Modes, Rights, Uffd};
 use pageferry_sys::{Errno, Linux, Sys, page_size};
 
 use super::Check;
-use super::host::{Capability, Host};
+use crate::host::{Capability, Host};
 
 const NEWER_KERNEL: &str = "use Linux 6.8 or newer, built with CONFIG_USERFAULTFD";
 

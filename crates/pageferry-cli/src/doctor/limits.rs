@@ -5,7 +5,7 @@
 //! what this process has already. Regions and what the program itself does come on top.
 
 use super::Check;
-use super::host::Host;
+use crate::host::Host;
 use crate::size::size;
 
 /// Address space of one pool, of which there is one for each node and folio size: twice the default

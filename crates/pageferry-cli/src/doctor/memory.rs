@@ -3,7 +3,7 @@
 use pageferry_topology::Machine;
 
 use super::Check;
-use super::host::Host;
+use crate::host::Host;
 use crate::size::size;
 
 const THP: &str = "sys/kernel/mm/transparent_hugepage";
@@ -170,7 +170,7 @@ fn ksm(host: &Host) -> Check {
 mod tests {
     use super::*;
     use crate::doctor::Status;
-    use crate::doctor::host::tests::host;
+    use crate::host::tests::host;
 
     #[test]
     fn settings_that_hurt_are_warned_of_with_a_remedy() {

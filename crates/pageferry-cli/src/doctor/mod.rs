@@ -10,7 +10,6 @@
 //! this process.
 
 mod cpu;
-mod host;
 mod kernel;
 mod limits;
 mod memory;
@@ -24,8 +23,8 @@ use pageferry_sys::affinity;
 use serde::Serialize;
 
 use crate::cli::JsonArg;
-use crate::doctor::host::Host;
 use crate::exit::Exit;
+use crate::host::Host;
 use crate::output::{BOLD, Context, DIM, GREEN, RED, YELLOW};
 
 #[derive(Debug, Args)]

@@ -10,7 +10,8 @@ use pageferry_sys::idle::BITMAP;
 use pageferry_topology::{Machine, NodeList};
 
 use super::Check;
-use super::host::{Capability, Host};
+use crate::copiers::{Migrator, OURS};
+use crate::host::{Capability, Host};
 
 pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
     let machine = Machine::read_from(host.root()).ok();
@@ -151,25 +152,21 @@ fn idle_pages(host: &Host) -> Check {
     Check::ok(ID, "tracked: `move --min-age` can tell which pages are used")
 }
 
-/// Who copies the pages that the kernel moves: docs/kernel.md has the interface.
+/// Who copies the pages that the kernel moves.
 fn copy_offload(host: &Host) -> Check {
     const ID: &str = "kernel-copies";
-    let told = |name: &str| host.text(&format!("sys/kernel/mm/migrate_offload/{name}"));
-    Check::ok(
-        ID,
-        match told("migrator") {
-            None => "folio by folio, as Linux does".to_owned(),
-            Some(none) if none == "none" => {
-                "in batches if a module is loaded (pageferry_copy_mt, pageferry_copy_dma); \
-                 folio by folio now"
-                    .to_owned()
-            }
-            Some(module) => {
-                let reasons = told("reasons").unwrap_or_default();
-                format!("in batches by {module}, for these reasons to migrate: {reasons}")
-            }
-        },
-    )
+    let found = match Migrator::of(host) {
+        Migrator::Unknown => "folio by folio, as Linux does".to_owned(),
+        Migrator::None => {
+            let names: Vec<_> = OURS.iter().map(|module| module.name).collect();
+            let names = names.join(", ");
+            format!("in batches if a module is loaded ({names}); folio by folio now")
+        }
+        Migrator::Module { name, reasons } => {
+            format!("in batches by {name}, for these reasons to migrate: {reasons}")
+        }
+    };
+    Check::ok(ID, found)
 }
 
 #[cfg(test)]
@@ -178,7 +175,7 @@ mod tests {
 
     use super::*;
     use crate::doctor::Status;
-    use crate::doctor::host::tests::host;
+    use crate::host::tests::host;
 
     fn two() -> NodeList {
         [0, 1].into_iter().map(NodeId::new).collect()

@@ -24,7 +24,6 @@ mod report;
 mod report_text;
 mod residency;
 mod residency_text;
-mod table;
 mod trouble;
 
 pub(crate) use self::migratepages::{MigratepagesArgs, run as migratepages};

@@ -8,9 +8,9 @@ use pageferry::{Busy, Outcome, Shortage};
 use super::ask::Asked;
 use super::report::Moved;
 use super::residency_text::{counted, notes};
-use super::table::Table;
 use crate::output::{BOLD, DIM, YELLOW};
 use crate::size::{rate, size};
+use crate::table::Table;
 
 pub(super) fn text(moved: &Moved) -> String {
     let mut out = String::new();

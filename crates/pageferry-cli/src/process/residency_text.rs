@@ -5,9 +5,9 @@ use std::fmt::{self, Write as _};
 use pageferry::process::{BigMapping, Note, Notes, ProcessResidency};
 use pageferry_topology::NodeList;
 
-use super::table::{Table, bar, percent};
 use crate::output::{BOLD, DIM};
 use crate::size::size;
+use crate::table::{Table, bar, percent};
 
 /// Processes named in a note that is the same for many.
 const NAMED: usize = 4;

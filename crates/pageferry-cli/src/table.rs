@@ -7,7 +7,7 @@ const BAR: u32 = 24;
 
 /// A table: its columns are as wide as what they hold.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(crate) struct Table {
     /// Whether each column is aligned to the right.
     right: Vec<bool>,
     rows: Vec<Vec<String>>,
@@ -16,17 +16,17 @@ pub(super) struct Table {
 impl Table {
     /// A table with these headings; those that begin with `>` are aligned to the right, with what
     /// stands below them.
-    pub(super) fn new(headings: &[&str]) -> Self {
+    pub(crate) fn new(headings: &[&str]) -> Self {
         let right = headings.iter().map(|heading| heading.starts_with('>')).collect();
         let first = headings.iter().map(|heading| heading.trim_start_matches('>').to_owned());
         Self { right, rows: vec![first.collect()] }
     }
 
-    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().collect());
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.rows.len() < 2
     }
 }
@@ -53,7 +53,7 @@ impl fmt::Display for Table {
 }
 
 /// A bar as long as `part` is of `whole`; what is there at all can be seen.
-pub(super) fn bar(part: u64, whole: u64) -> String {
+pub(crate) fn bar(part: u64, whole: u64) -> String {
     let rest = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
     let eighths = u128::from(part) * u128::from(BAR * 8) / u128::from(whole.max(1));
     let eighths = usize::try_from(eighths).unwrap_or(usize::MAX).min(BAR as usize * 8);
@@ -64,7 +64,7 @@ pub(super) fn bar(part: u64, whole: u64) -> String {
 }
 
 /// A share in percent, of whole numbers; what is there at all is not 0.
-pub(super) fn percent(part: u64, whole: u64) -> String {
+pub(crate) fn percent(part: u64, whole: u64) -> String {
     let share = u128::from(part) * 100 / u128::from(whole.max(1));
     if share == 0 && part > 0 { "<1 %".into() } else { format!("{share} %") }
 }

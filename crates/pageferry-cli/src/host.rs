@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 /// A directory with `sys/` and `proc/`.
 #[derive(Debug)]
-pub(super) struct Host {
+pub(crate) struct Host {
     root: PathBuf,
 }
 
 /// `CAP_*` numbers, include/uapi/linux/capability.h.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Capability {
+pub(crate) enum Capability {
     SysPtrace = 19,
     SysAdmin = 21,
     SysNice = 23,
@@ -20,27 +20,27 @@ pub(super) enum Capability {
 }
 
 impl Host {
-    pub(super) fn new(root: &Path) -> Self {
+    pub(crate) fn new(root: &Path) -> Self {
         Self { root: root.into() }
     }
 
-    pub(super) fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
     /// A file's content without the blanks around it.
-    pub(super) fn text(&self, path: &str) -> Option<String> {
+    pub(crate) fn text(&self, path: &str) -> Option<String> {
         let text = fs::read_to_string(self.root.join(path)).ok()?;
         Some(text.trim().to_owned())
     }
 
     /// A file that holds a number.
-    pub(super) fn number(&self, path: &str) -> Option<i64> {
+    pub(crate) fn number(&self, path: &str) -> Option<i64> {
         self.text(path)?.parse().ok()
     }
 
     /// The chosen word of a file like `always [madvise] never`.
-    pub(super) fn choice(&self, path: &str) -> Option<String> {
+    pub(crate) fn choice(&self, path: &str) -> Option<String> {
         let text = self.text(path)?;
         let word =
             text.split_ascii_whitespace().find_map(|w| w.strip_prefix('[')?.strip_suffix(']'));
@@ -48,7 +48,7 @@ impl Host {
     }
 
     /// A field of `/proc/self/status`.
-    pub(super) fn status(&self, key: &str) -> Option<String> {
+    pub(crate) fn status(&self, key: &str) -> Option<String> {
         let text = self.text("proc/self/status")?;
         text.lines().find_map(|line| {
             let (name, value) = line.split_once(':')?;
@@ -57,25 +57,25 @@ impl Host {
     }
 
     /// Whether this process has a capability in effect.
-    pub(super) fn has(&self, capability: Capability) -> bool {
+    pub(crate) fn has(&self, capability: Capability) -> bool {
         let mask = self.status("CapEff").and_then(|hex| u64::from_str_radix(&hex, 16).ok());
         mask.is_some_and(|mask| mask >> (capability as u32) & 1 == 1)
     }
 
     /// Whether a seccomp filter is in force (mode 2 in proc(5)).
-    pub(super) fn seccomp_filter(&self) -> bool {
+    pub(crate) fn seccomp_filter(&self) -> bool {
         self.status("Seccomp").as_deref() == Some("2")
     }
 
     /// The soft limit in a line of `/proc/self/limits`; `None` also for unlimited.
-    pub(super) fn soft_limit(&self, name: &str) -> Option<u64> {
+    pub(crate) fn soft_limit(&self, name: &str) -> Option<u64> {
         let text = self.text("proc/self/limits")?;
         let line = text.lines().find_map(|line| line.strip_prefix(name))?;
         line.split_ascii_whitespace().next()?.parse().ok()
     }
 
     /// Files that this process has open; the standard three if that cannot be seen.
-    pub(super) fn open_files(&self) -> u64 {
+    pub(crate) fn open_files(&self) -> u64 {
         let path = self.root.join("proc/self/fd");
         let Ok(entries) = fs::read_dir(&path) else { return 3 };
         // Looking needs one itself.
@@ -85,7 +85,7 @@ impl Host {
 
     /// The directories of this process's cgroup (v2), from its own up to the
     /// root; `None` where there is only cgroup v1, whose limits are not looked at.
-    pub(super) fn cgroups(&self) -> Option<Vec<String>> {
+    pub(crate) fn cgroups(&self) -> Option<Vec<String>> {
         let own = self.text("proc/self/cgroup")?;
         let path = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
@@ -103,7 +103,7 @@ impl Host {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A host with these files below its root, for the tests of all checks.
