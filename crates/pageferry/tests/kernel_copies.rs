@@ -204,3 +204,13 @@ fn folios_of_every_size_are_copied_whole() {
         assert!(copied >= (8 * MIB / page_size()) as u64, "{folio}: {copied} pages");
     }
 }
+
+#[test]
+fn pages_of_hugetlb_move_as_ever() {
+    if !here() {
+        return;
+    }
+    let _module = Module::best();
+    // They are moved one by one by a path of their own, and offered to nobody.
+    assert_eq!(there_and_back(&Memory::new(Kind::HugeTlb, 2 * HUGE)), 0);
+}

@@ -4,8 +4,10 @@
 mod kernel_common;
 mod kernel_engine;
 
-use kernel_common::{Kind, Memory, Module, Writers, here, migrator, vmstat};
-use kernel_engine::{BOARD, DMA, interrupts, there_and_back};
+use kernel_common::{
+    BOARD, DMA, Kind, Memory, Module, Writers, here, interrupts, migrator, vmstat,
+};
+use kernel_engine::there_and_back;
 use pageferry_sys::page_size;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};

@@ -93,7 +93,8 @@ test)
         now=$(complaints | wc -l)
         if [ "$now" -gt "$heard" ]; then
             echo "the kernel complained:" >&3
-            dmesg | tail -n 80 >&3
+            complaints | tail -n $((now - heard)) >&3
+            dmesg | tail -n 200 >&3
             status=1
         fi
         heard=$now

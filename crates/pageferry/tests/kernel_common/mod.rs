@@ -22,6 +22,10 @@ const MODULES: &str = "/copiers";
 const OFFLOAD: &str = "/sys/kernel/mm/migrate_offload";
 
 pub const MT: &str = "pageferry_copy_mt";
+/// What copies with a DMA engine.
+pub const DMA: &str = "pageferry_copy_dma";
+/// The parameter that has it take the board's engine alone: the name of its driver.
+pub const BOARD: &str = "devices=xilinx-zynqmp-dma";
 /// The test part that misbehaves.
 pub const TEST: &str = "pageferry_copy_test";
 pub const HUGE: usize = 2 << 20;
@@ -48,6 +52,17 @@ pub fn vmstat(name: &str) -> u64 {
     line.and_then(|number| number.parse().ok()).unwrap_or(0)
 }
 
+/// How often each channel of the board's engine has interrupted.
+pub fn interrupts() -> Vec<u64> {
+    let text = fs::read_to_string("/proc/interrupts").expect("procfs");
+    let lines = text.lines().filter(|line| line.contains("zynqmp-dma"));
+    // After the interrupt's number, a count of each CPU.
+    let counts = |line: &str| {
+        line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()).sum()
+    };
+    lines.map(counts).collect()
+}
+
 /// Who copies now.
 pub fn migrator() -> String {
     fs::read_to_string(format!("{OFFLOAD}/migrator")).expect("sysfs").trim().to_owned()
@@ -67,6 +82,20 @@ impl Module {
         module.set(module.switch, "1").expect("it can begin");
         assert_eq!(migrator(), name);
         module
+    }
+
+    /// The module that this machine's migrations are tested with: the board's DMA engine where
+    /// there is one, else several CPUs.
+    pub fn best() -> Self {
+        match interrupts().len() {
+            0 => Self::load(MT, &["least_kib=4"]),
+            _ => Self::load(DMA, &["least_kib=4", BOARD]),
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     /// Loads it; what insmod said if it could not.
@@ -126,6 +155,14 @@ pub enum Kind {
     Shared,
     /// A file of a tmpfs.
     File,
+    /// Of hugetlb's own.
+    HugeTlb,
+}
+
+impl Kind {
+    fn is_huge(self) -> bool {
+        matches!(self, Self::Huge | Self::HugeTlb)
+    }
 }
 
 /// Memory of this process, each word of which is known.
@@ -145,6 +182,7 @@ impl Memory {
     pub fn new(kind: Kind, bytes: usize) -> Self {
         let (flags, file) = match kind {
             Kind::Base | Kind::Huge => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
+            Kind::HugeTlb => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB, None),
             Kind::Shared => (libc::MAP_SHARED | libc::MAP_ANONYMOUS, None),
             Kind::File => {
                 let file = tempfile::tempfile_in("/tmp").expect("a file");
@@ -167,7 +205,11 @@ impl Memory {
         let advice = if kind == Kind::Huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // SAFETY: advice about the mapping just made, which gives nothing up.
         let advised = unsafe { libc::madvise(with_exposed_provenance_mut(start), bytes, advice) };
-        assert!(advised == 0 || kind == Kind::File, "{}", io::Error::last_os_error());
+        assert!(
+            advised == 0 || matches!(kind, Kind::File | Kind::HugeTlb),
+            "{}",
+            io::Error::last_os_error()
+        );
         let memory = Self { start, bytes, kind };
         memory.fill();
         memory
@@ -207,7 +249,7 @@ impl Memory {
 
     /// Addresses of its folios.
     pub fn folios(&self) -> Vec<usize> {
-        let step = if self.kind == Kind::Huge { HUGE } else { page_size() };
+        let step = if self.kind.is_huge() { HUGE } else { page_size() };
         self.range().step_by(step).collect()
     }
 

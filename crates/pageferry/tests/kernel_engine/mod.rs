@@ -6,9 +6,6 @@ use super::kernel_common::{Memory, vmstat};
 use std::fs;
 use std::process::Command;
 
-pub const DMA: &str = "pageferry_copy_dma";
-/// The parameter that has the module take the board's engine alone: the name of its driver.
-pub const BOARD: &str = "devices=xilinx-zynqmp-dma";
 /// The test part that is a DMA engine.
 const ENGINE: &str = "pageferry_dma_test";
 
@@ -21,17 +18,6 @@ pub fn there_and_back(memory: &Memory) -> u64 {
     memory.must_move_to(0);
     memory.verify();
     vmstat("pgmigrate_offload_success") - before
-}
-
-/// How often each channel of the board's engine has interrupted.
-pub fn interrupts() -> Vec<u64> {
-    let text = fs::read_to_string("/proc/interrupts").expect("procfs");
-    let lines = text.lines().filter(|line| line.contains("zynqmp-dma"));
-    // After the interrupt's number, a count of each CPU.
-    let counts = |line: &str| {
-        line.split_whitespace().skip(1).map_while(|word| word.parse::<u64>().ok()).sum()
-    };
-    lines.map(counts).collect()
 }
 
 /// How the engine behaves, as `mode` of the test part says it.
