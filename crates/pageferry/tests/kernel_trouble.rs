@@ -164,6 +164,14 @@ fn bad_parameters_are_refused_at_load_and_later() {
     ] {
         assert!(Module::try_load(MT, &[bad]).is_err(), "{bad} was taken");
     }
+    // At load no parameter takes that, sums least of all.
+    for name in [MT, TEST] {
+        let names = Module::try_load(name, &[]).expect("loads").parameters();
+        for parameter in names {
+            let bad = format!("{parameter}=x");
+            assert!(Module::try_load(name, &[&bad]).is_err(), "{name} took {bad}");
+        }
+    }
     let module = Module::load(MT, &[]);
     let memory = Memory::new(Kind::Base, MIB);
     let names: Vec<_> = ["helpers", "least_kib", "node", "reasons", "non_temporal", "enabled"]

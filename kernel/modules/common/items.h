@@ -8,6 +8,9 @@
 
 #include <linux/migrate.h>
 #include <linux/mm.h>
+#ifdef CONFIG_ARM64_MTE
+#include <asm/mte.h>
+#endif
 
 /* As `Item` in items.rs. */
 struct pf_item {
@@ -21,6 +24,22 @@ size_t pf_items(struct list_head *dsts, struct list_head *srcs,
 		struct pf_item *out, size_t most, size_t *bytes);
 void pf_mark(struct folio *dst);
 
+/*
+ * Whether it has more than bytes: allocation tags, which copy_highpage() copies
+ * and a device does not (PF_BYTES_ONLY).
+ */
+static bool has_tags(struct folio *src)
+{
+#if defined(CONFIG_ARM64_MTE) && defined(PF_BYTES_ONLY)
+	long i;
+
+	for (i = 0; system_supports_mte() && i < folio_nr_pages(src); i++)
+		if (page_mte_tagged(folio_page(src, i)))
+			return true;
+#endif
+	return false;
+}
+
 /* The folios of two lists; how many there were. */
 size_t pf_items(struct list_head *dsts, struct list_head *srcs,
 		struct pf_item *out, size_t most, size_t *bytes)
@@ -33,6 +52,7 @@ size_t pf_items(struct list_head *dsts, struct list_head *srcs,
 			break;
 		out[n++] = (struct pf_item) {
 			.dst = dst, .src = src, .start = start,
+			.failed = has_tags(src),
 		};
 		start += folio_size(src);
 		dst = list_next_entry(dst, lru);

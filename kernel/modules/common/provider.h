@@ -157,7 +157,16 @@ static int sum_get(char *buf, const struct kernel_param *kp)
 	return sysfs_emit(buf, "%lld\n", atomic64_read(kp->arg));
 }
 
-static const struct kernel_param_ops sum_ops = { .get = sum_get };
+/* A sum at load would be called without a look at whether there is a setter. */
+static int sum_set(const char *val, const struct kernel_param *kp)
+{
+	return refuse(kp, val, "nothing: it can only be read");
+}
+
+static const struct kernel_param_ops sum_ops = {
+	.set = sum_set,
+	.get = sum_get,
+};
 
 #define SUM(name, what)						\
 	static atomic64_t name;					\

@@ -8,7 +8,7 @@
 //! channel does not copy, the kernel does.
 //!
 //! What always holds:
-//! - The call returns when no device is at work on a folio of the batch, or that folio is kept: its
+//! - The call returns when no folio of the batch is mapped for a device, or that folio is kept: its
 //!   destination for good, and its migration made to fail. So a device that is late writes to
 //!   memory that nobody uses.
 //! - A channel that was late is given up, and never asked again.
@@ -103,7 +103,7 @@ impl Channels {
         for channel in channels.iter().flatten() {
             channel.give();
         }
-        // SAFETY: no device is at work on a folio that has not failed.
+        // SAFETY: no folio that has not failed is mapped for a device.
         let failed = unsafe { items.mark() };
         laps.end(Part::Finish);
         shim::count(items.bytes, failed);
@@ -149,16 +149,17 @@ impl Channels {
                 }
                 left[index] = None;
                 if late {
+                    // Its share stays mapped, and so is not ours to use, whatever of it was copied:
+                    // caches and bounce buffers are put right when a mapping ends.
+                    let (start, end) = share_of(index);
                     channel.retire();
+                    items.fail(start, end);
+                    // SAFETY: `offload_copy` has not returned.
+                    items.each(start, end, |item, _, _| unsafe { shim::keep(item) });
+                } else {
+                    channel.failures(|at, end| items.fail(at, end));
+                    channel.unmap();
                 }
-                channel.failures(|at, end, in_flight| {
-                    items.fail(at, end);
-                    if late && in_flight {
-                        // SAFETY: `offload_copy` has not returned.
-                        items.each(at, end, |item, _, _| unsafe { shim::keep(item) });
-                    }
-                });
-                channel.unmap();
                 laps.end(Part::Unmap);
             }
         }

@@ -23,6 +23,7 @@
 #include <linux/topology.h>
 #include <linux/workqueue.h>
 
+#define PF_BYTES_ONLY
 #include "../common/items.h"
 #include "../common/provider.h"
 #include "shim.h"
@@ -44,6 +45,7 @@
 static unsigned int channels = 4;
 static unsigned int least_kib = 64;
 static unsigned int timeout_ms = 1000;
+static unsigned int unordered = 16;
 static bool poll;
 static bool verify;
 static char *devices = "";
@@ -118,6 +120,19 @@ module_param_cb(poll, &bool_ops, &poll, 0644);
 MODULE_PARM_DESC(poll, "Look for the end of a transfer instead of having an interrupt (0 or 1)");
 module_param_cb(verify, &bool_ops, &verify, 0644);
 MODULE_PARM_DESC(verify, "Compare each copy with its source, and report what differs (0 or 1)");
+
+static int unordered_set(const char *val, const struct kernel_param *kp)
+{
+	return uint_within(val, kp, 1, HPAGE_PMD_NR, "1 to 512 (copies)");
+}
+
+static const struct kernel_param_ops unordered_ops = {
+	.set = unordered_set,
+	.get = param_get_uint,
+};
+module_param_cb(unordered, &unordered_ops, &unordered, 0644);
+MODULE_PARM_DESC(unordered,
+		 "Copies asked for at once of a channel that ends them out of order; no more than its queue has room for (1 to 512)");
 
 module_param(devices, charp, 0444);
 MODULE_PARM_DESC(devices,
@@ -209,6 +224,8 @@ struct pf_channel {
 	unsigned int takes;
 	atomic_t under_way;
 	dma_cookie_t last;
+	/* The last one submitted was not meant to be: nothing will interrupt. */
+	bool quiet;
 	struct completion all_done;
 };
 
@@ -239,10 +256,20 @@ static bool is_listed(const char *list, const char *name)
 	}
 }
 
+/* Whole pages of what it takes at once: no part is cut at an odd address. */
+static size_t most_at_once(struct dma_chan *chan)
+{
+	return round_down(dma_get_max_seg_size(dmaengine_get_dma_device(chan)),
+			  PAGE_SIZE);
+}
+
 static bool is_wanted(struct dma_chan *chan, void *unused)
 {
 	struct device *dev = chan->device->dev;
 
+	if (!most_at_once(chan) ||
+	    chan->device->copy_align > PAGE_SHIFT)
+		return false;
 	return !*devices || is_listed(devices, dev_name(dev)) ||
 	       is_listed(devices, dev_driver_string(dev));
 }
@@ -305,7 +332,10 @@ int pf_distance(struct pf_channel *c, struct folio *src, struct folio *dst)
 /* Takes a channel for a batch; false: another batch has it, or it is retired. */
 bool pf_take(struct pf_channel *c)
 {
-	if (READ_ONCE(c->retired) || atomic_cmpxchg_acquire(&c->taken, 0, 1))
+	if (atomic_cmpxchg_acquire(&c->taken, 0, 1))
+		return false;
+	/* For good: whoever retired it gave it back afterwards. */
+	if (c->retired)
 		return false;
 	c->parts = 0;
 	c->copies = 0;
@@ -325,7 +355,7 @@ void pf_give(struct pf_channel *c)
 int pf_add(struct pf_channel *c, struct folio *dst, struct folio *src,
 	   size_t offset, size_t len, size_t at)
 {
-	size_t most = dma_get_max_seg_size(c->chan->device->dev), part;
+	size_t most = most_at_once(c->chan), part;
 
 	for (; len; offset += part, at += part, len -= part) {
 		if (c->parts == MOST_PARTS)
@@ -347,7 +377,7 @@ int pf_add(struct pf_channel *c, struct folio *dst, struct folio *src,
 /* Maps all that was added for the device. */
 int pf_map(struct pf_channel *c)
 {
-	struct device *dev = c->chan->device->dev;
+	struct device *dev = dmaengine_get_dma_device(c->chan);
 	int ret;
 
 	sg_mark_end(&c->src[c->parts - 1]);
@@ -411,18 +441,22 @@ static struct dma_async_tx_descriptor *prepare(struct pf_channel *c, size_t len,
  */
 size_t pf_submit(struct pf_channel *c, bool polled)
 {
+	unsigned int most = c->unordered ? READ_ONCE(unordered) : MOST_COPIES;
 	unsigned int first = c->copies;
 
 	polled &= !c->unordered;
+	c->quiet = false;
 	reinit_completion(&c->all_done);
 	/* One is ours, so that nothing completes before all is submitted. */
 	atomic_set(&c->under_way, 1);
-	while (c->at < c->end && c->copies < MOST_COPIES) {
+	while (c->at < c->end && c->copies < MOST_COPIES &&
+	       c->copies - first < most) {
 		unsigned int len = min(sg_dma_len(c->next_src) - c->src_used,
 				       sg_dma_len(c->next_dst) - c->dst_used);
 		bool is_last = c->unordered || c->at + len == c->end ||
 			       c->copies - first + 1 >= c->takes;
 		struct dma_async_tx_descriptor *tx;
+		dma_cookie_t cookie;
 		struct copy *copy;
 
 		tx = prepare(c, len, DMA_CTRL_ACK |
@@ -439,12 +473,14 @@ size_t pf_submit(struct pf_channel *c, bool polled)
 			tx->callback_param = copy;
 			atomic_inc(&c->under_way);
 		}
-		c->last = dmaengine_submit(tx);
-		if (dma_submit_error(c->last)) {
+		cookie = dmaengine_submit(tx);
+		if (dma_submit_error(cookie)) {
 			if (!polled)
 				atomic_dec(&c->under_way);
 			break;
 		}
+		c->last = cookie;
+		c->quiet = !polled && !is_last;
 		c->copies++;
 		c->at += len;
 		used_up(&c->next_src, &c->src_used, len);
@@ -492,22 +528,29 @@ int pf_wait(struct pf_channel *c, bool polled, unsigned int ms)
 	if (c->copies == c->first)
 		return 0;
 	for (;;) {
-		if (!polled && wait_for_completion_timeout(&c->all_done,
-							   msecs_to_jiffies(20)))
+		unsigned long turn = msecs_to_jiffies(c->quiet ? 1 : 20);
+
+		if (!polled && wait_for_completion_timeout(&c->all_done, turn))
 			return 0;
 		status = dma_async_is_tx_complete(c->chan, c->last, NULL, NULL);
 		if (polled && (status == DMA_COMPLETE || status == DMA_ERROR)) {
 			all_told(c, status == DMA_ERROR);
 			return 0;
 		}
+		if (c->quiet && status == DMA_COMPLETE)
+			break;
 		if (ktime_after(ktime_get(), until))
 			break;
 		if (polled)
 			cond_resched();
 	}
-	atomic64_inc(&timeouts);
+	if (!c->quiet || status != DMA_COMPLETE)
+		atomic64_inc(&timeouts);
 	if (!polled && status == DMA_COMPLETE) {
-		/* The interrupt was lost.  No callback may come after this. */
+		/*
+		 * The interrupt was lost, or there was none to come.  No
+		 * callback may come after this.
+		 */
 		int ret = dmaengine_terminate_sync(c->chan);
 
 		all_told(c, false);
@@ -517,12 +560,8 @@ int pf_wait(struct pf_channel *c, bool polled, unsigned int ms)
 	return -ETIMEDOUT;
 }
 
-/*
- * The next bytes, from copy @index on, that were not copied; whether the device
- * was asked for them.
- */
-bool pf_next_failed(struct pf_channel *c, size_t *index, size_t *at, size_t *end,
-		    bool *asked)
+/* The next bytes, from copy @index on, that were not copied. */
+bool pf_next_failed(struct pf_channel *c, size_t *index, size_t *at, size_t *end)
 {
 	for (; *index < c->copies; ++*index) {
 		struct copy *copy = &c->copy[*index];
@@ -533,7 +572,6 @@ bool pf_next_failed(struct pf_channel *c, size_t *index, size_t *at, size_t *end
 			continue;
 		*at = copy->at;
 		*end = copy->end;
-		*asked = !done;
 		++*index;
 		return true;
 	}
@@ -542,7 +580,6 @@ bool pf_next_failed(struct pf_channel *c, size_t *index, size_t *at, size_t *end
 		++*index;
 		*at = c->at;
 		*end = c->end;
-		*asked = false;
 		return true;
 	}
 	return false;
@@ -550,9 +587,9 @@ bool pf_next_failed(struct pf_channel *c, size_t *index, size_t *at, size_t *end
 
 void pf_unmap(struct pf_channel *c)
 {
-	struct device *dev = c->chan->device->dev;
+	struct device *dev = dmaengine_get_dma_device(c->chan);
 
-	if (!c->mapped || c->retired)
+	if (!c->mapped)
 		return;
 	dma_unmap_sgtable(dev, &c->dsts, DMA_FROM_DEVICE, 0);
 	dma_unmap_sgtable(dev, &c->srcs, DMA_TO_DEVICE, 0);
@@ -566,7 +603,7 @@ void pf_unmap(struct pf_channel *c)
  */
 void pf_retire(struct pf_channel *c)
 {
-	WRITE_ONCE(c->retired, true);
+	c->retired = true;
 	atomic64_inc(&retired_channels);
 	pr_err("%s did not answer in time and is given up\n",
 	       dma_chan_name(c->chan));
@@ -575,10 +612,10 @@ void pf_retire(struct pf_channel *c)
 }
 
 /*
- * Folios that a device may still write to, and read from.  The destination is
- * kept for good.  The reference on the source makes its migration fail, so that
- * the destination is not used; it is given back when the migration has ended,
- * which holds the folio lock.
+ * Folios that stay mapped for a device.  The destination is kept for good.  The
+ * reference on the source makes its migration fail, so that the destination is
+ * not used; it is given back when the migration has ended, which holds the folio
+ * lock.
  */
 struct kept {
 	struct list_head list;
@@ -617,7 +654,8 @@ static void release_kept(struct work_struct *work)
 
 void pf_keep(struct folio *dst, struct folio *src)
 {
-	struct kept *kept = kmalloc(sizeof(*kept), GFP_NOWAIT | __GFP_NOWARN);
+	struct kept *kept = kmalloc(sizeof(*kept), GFP_NOWAIT |
+				     __GFP_NOMEMALLOC | __GFP_NOWARN);
 
 	folio_get(dst);
 	folio_get(src);
@@ -635,9 +673,12 @@ void pf_keep(struct folio *dst, struct folio *src)
 /* Before the module goes: all sources are given back. */
 void pf_release_kept(void)
 {
-	do {
+	for (;;) {
 		flush_delayed_work(&release_work);
-	} while (!list_empty(&kept_list));
+		if (list_empty(&kept_list))
+			return;
+		msleep(20);
+	}
 }
 
 bool pf_same(struct folio *a, struct folio *b, size_t offset, size_t len)

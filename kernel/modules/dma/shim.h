@@ -36,7 +36,7 @@ int pf_map(struct pf_channel *channel);
 size_t pf_submit(struct pf_channel *channel, bool poll);
 int pf_wait(struct pf_channel *channel, bool poll, unsigned int timeout_ms);
 bool pf_next_failed(struct pf_channel *channel, size_t *index, size_t *at,
-		    size_t *end, bool *asked);
+		    size_t *end);
 void pf_unmap(struct pf_channel *channel);
 void pf_retire(struct pf_channel *channel);
 void pf_keep(struct folio *dst, struct folio *src);

@@ -54,7 +54,6 @@ extern "C" {
         index: *mut usize,
         at: *mut usize,
         end: *mut usize,
-        asked: *mut bool,
     ) -> bool;
     fn pf_unmap(channel: Raw);
     fn pf_retire(channel: Raw);
@@ -189,19 +188,16 @@ impl Channel {
         to_result(unsafe { pf_wait(self.0.as_ptr(), settings.poll, settings.timeout_ms) })
     }
 
-    /// Calls `told` with bytes of the batch that were not copied, and whether the device has been
-    /// asked for them and not answered.
-    pub(crate) fn failures(&self, mut told: impl FnMut(usize, usize, bool)) {
-        let (mut index, mut at, mut end, mut asked) = (0, 0, 0, false);
+    /// Calls `told` with bytes of the batch that were not copied.
+    pub(crate) fn failures(&self, mut told: impl FnMut(usize, usize)) {
+        let (mut index, mut at, mut end) = (0, 0, 0);
         // SAFETY: taken by the caller, and waited for.
-        while unsafe {
-            pf_next_failed(self.0.as_ptr(), &mut index, &mut at, &mut end, &mut asked)
-        } {
-            told(at, end, asked);
+        while unsafe { pf_next_failed(self.0.as_ptr(), &mut index, &mut at, &mut end) } {
+            told(at, end);
         }
     }
 
-    /// Ends the mapping, unless the device may still use it.
+    /// Ends the mapping: of a channel whose device is not at work.
     pub(crate) fn unmap(&self) {
         // SAFETY: taken by the caller.
         unsafe { pf_unmap(self.0.as_ptr()) };

@@ -13,6 +13,7 @@
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/topology.h>
+#include <linux/sched/isolation.h>
 #include <linux/workqueue.h>
 
 #include "../common/items.h"
@@ -76,7 +77,8 @@ static int non_temporal_set(const char *val, const struct kernel_param *kp)
 
 	if (kstrtobool(val, &on))
 		return refuse(kp, val, "0 or 1");
-	if (on && !IS_ENABLED(CONFIG_ARCH_HAS_UACCESS_FLUSHCACHE))
+	/* On arm64 they would copy as ever and then clean the caches. */
+	if (on && !IS_ENABLED(CONFIG_X86_64))
 		return refuse(kp, val, "0: no such copies on this architecture");
 	WRITE_ONCE(non_temporal, on);
 	return 0;
@@ -94,7 +96,9 @@ static const char * const sides[] = { "auto", "source", "destination" };
 
 static int side_set(const char *val, const struct kernel_param *kp)
 {
-	int which = sysfs_match_string(sides, val);
+	/* As it is read, it can be written. */
+	int which = strstarts(val, "auto (") ? PF_AUTO :
+					       sysfs_match_string(sides, val);
 
 	if (which < 0)
 		return refuse(kp, val, "auto, source or destination");
@@ -192,7 +196,7 @@ int pf_nearest(int node)
 }
 
 /*
- * The CPUs that are online, with their nodes, and of each the place of the first
+ * The CPUs that are online and meant for works, with their nodes, and of each the place of the first
  * that it shares its last-level cache with.
  */
 size_t pf_cpus(u32 *cpus, u32 *nodes, u32 *caches, size_t most)
@@ -203,6 +207,10 @@ size_t pf_cpus(u32 *cpus, u32 *nodes, u32 *caches, size_t most)
 	for_each_online_cpu(cpu) {
 		if (n == most)
 			break;
+		/* As wq_unbound_cpumask begins: isolated CPUs do not help. */
+		if (!housekeeping_test_cpu(cpu, HK_TYPE_WQ) ||
+		    !housekeeping_test_cpu(cpu, HK_TYPE_DOMAIN))
+			continue;
 		cpus[n] = cpu;
 		nodes[n] = cpu_to_node(cpu);
 		for (first = 0; first < n; first++) {

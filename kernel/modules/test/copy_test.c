@@ -46,7 +46,15 @@ static int under_way_get(char *buf, const struct kernel_param *kp)
 	return sysfs_emit(buf, "%d\n", atomic_read(kp->arg));
 }
 
-static const struct kernel_param_ops count_ops = { .get = under_way_get };
+static int read_only(const char *val, const struct kernel_param *kp)
+{
+	return -EINVAL;
+}
+
+static const struct kernel_param_ops count_ops = {
+	.set = read_only,
+	.get = under_way_get,
+};
 module_param_cb(under_way, &count_ops, &under_way, 0444);
 MODULE_PARM_DESC(under_way, "Batches being copied now");
 module_param_cb(most_folios, &count_ops, &most_folios, 0444);

@@ -22,6 +22,7 @@
 #define MOST_CHANNELS	32
 /* What a device that is late writes: nothing that was there. */
 #define RUBBISH		0xee
+#define A_FEW		5
 
 enum {
 	HONEST,
@@ -33,6 +34,7 @@ enum {
 	QUIET,		/* copies, and does not call back */
 	REFUSES,	/* has no descriptors */
 	REJECTS,	/* has descriptors, and does not take them */
+	TIRES,		/* takes a few, slowly, and no more */
 	MODES
 };
 
@@ -57,7 +59,15 @@ static int late_writes_get(char *buf, const struct kernel_param *kp)
 	return sysfs_emit(buf, "%d\n", atomic_read(&late_writes));
 }
 
-static const struct kernel_param_ops late_writes_ops = { .get = late_writes_get };
+static int read_only(const char *val, const struct kernel_param *kp)
+{
+	return -EINVAL;
+}
+
+static const struct kernel_param_ops late_writes_ops = {
+	.set = read_only,
+	.get = late_writes_get,
+};
 module_param_cb(late_writes, &late_writes_ops, NULL, 0444);
 MODULE_PARM_DESC(late_writes, "Copies that ended after their channel was told to stop");
 
@@ -79,12 +89,13 @@ static const struct kernel_param_ops mode_ops = {
 };
 module_param_cb(mode, &mode_ops, &mode, 0644);
 MODULE_PARM_DESC(mode,
-		 "0 honest, 1 fails, 2 lies, 3 misdirects, 4 hangs, 5 late, 6 quiet, 7 refuses, 8 rejects");
+		 "0 honest, 1 fails, 2 lies, 3 misdirects, 4 hangs, 5 late, 6 quiet, 7 refuses, 8 rejects, 9 tires");
 
 struct channel {
 	struct dma_chan chan;
 	spinlock_t lock;	/* protects what follows */
 	struct list_head submitted, issued;
+	struct list_head ended;	/* and nobody told */
 	unsigned int live;	/* descriptors in use */
 	struct delayed_work work;
 };
@@ -154,7 +165,8 @@ static dma_cookie_t tx_submit(struct dma_async_tx_descriptor *tx)
 	unsigned long flags;
 
 	spin_lock_irqsave(&c->lock, flags);
-	if (READ_ONCE(mode) == REJECTS) {
+	if (READ_ONCE(mode) == REJECTS ||
+	    (READ_ONCE(mode) == TIRES && c->live > A_FEW)) {
 		c->live--;
 		spin_unlock_irqrestore(&c->lock, flags);
 		kfree(t);
@@ -229,7 +241,8 @@ static void issue_pending(struct dma_chan *chan)
 	spin_unlock_irqrestore(&c->lock, flags);
 	if (now != HANGS)
 		queue_delayed_work(queue, &c->work,
-				   now == LATE ? msecs_to_jiffies(delay_ms) : 0);
+				   now == LATE || now == TIRES ?
+				   msecs_to_jiffies(delay_ms) : 0);
 }
 
 static void end_transfer(struct channel *c, struct transfer *t, unsigned int now)
@@ -237,8 +250,8 @@ static void end_transfer(struct channel *c, struct transfer *t, unsigned int now
 	struct dmaengine_result result = {
 		.result = now == FAILS ? DMA_TRANS_WRITE_FAILED : DMA_TRANS_NOERROR,
 	};
-	dma_async_tx_callback_result call = t->tx.callback_result;
-	void *param = t->tx.callback_param;
+	struct transfer *told, *next;
+	LIST_HEAD(all);
 	unsigned long flags;
 
 	if (t->stopped) {
@@ -252,11 +265,27 @@ static void end_transfer(struct channel *c, struct transfer *t, unsigned int now
 	if (!t->stopped)
 		c->chan.completed_cookie = t->tx.cookie;
 	spin_unlock_irqrestore(&c->lock, flags);
-	/* One that keeps no order interrupts for those that ask for it alone. */
-	if (call && !t->stopped && now != QUIET &&
-	    (!unordered || (t->tx.flags & DMA_PREP_INTERRUPT)))
-		call(param, &result);
-	kfree(t);
+	/*
+	 * An interrupt tells of all that has ended until then; one that keeps no
+	 * order, of its own copy alone.
+	 */
+	if (t->stopped || now == QUIET || unordered || !t->tx.callback_result) {
+		if (!t->stopped && now != QUIET && t->tx.callback_result &&
+		    (t->tx.flags & DMA_PREP_INTERRUPT))
+			t->tx.callback_result(t->tx.callback_param, &result);
+		kfree(t);
+		return;
+	}
+	spin_lock_irqsave(&c->lock, flags);
+	list_add_tail(&t->list, &c->ended);
+	if (t->tx.flags & DMA_PREP_INTERRUPT)
+		list_splice_init(&c->ended, &all);
+	spin_unlock_irqrestore(&c->lock, flags);
+	list_for_each_entry_safe(told, next, &all, list) {
+		if (told->tx.callback_result)
+			told->tx.callback_result(told->tx.callback_param, &result);
+		kfree(told);
+	}
 }
 
 static void work(struct work_struct *work)
@@ -296,6 +325,10 @@ static int terminate_all(struct dma_chan *chan)
 	unsigned long flags;
 
 	spin_lock_irqsave(&c->lock, flags);
+	list_for_each_entry_safe(t, next, &c->ended, list) {
+		list_del(&t->list);
+		kfree(t);
+	}
 	list_splice_tail_init(&c->submitted, &c->issued);
 	list_for_each_entry_safe(t, next, &c->issued, list) {
 		t->stopped = true;
@@ -356,6 +389,8 @@ static int __init dma_test_init(void)
 	ret = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
 	if (ret)
 		goto no_engine;
+	/* It copies any length: bounce buffers are what limits it. */
+	dma_set_max_seg_size(&pdev->dev, SZ_2M);
 #ifdef CONFIG_ARCH_HAS_SYNC_DMA_FOR_DEVICE
 	/* It sees what the CPUs see, being one. */
 	pdev->dev.dma_coherent = true;
@@ -373,6 +408,7 @@ static int __init dma_test_init(void)
 
 		spin_lock_init(&c->lock);
 		INIT_LIST_HEAD(&c->submitted);
+		INIT_LIST_HEAD(&c->ended);
 		INIT_LIST_HEAD(&c->issued);
 		INIT_DELAYED_WORK(&c->work, work);
 		c->chan.device = &engine;

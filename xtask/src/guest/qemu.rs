@@ -18,8 +18,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// How long a machine may take to come up. Emulated, on a quiet machine, it takes 4 s.
-pub(crate) const BOOT: Duration = Duration::from_secs(90);
+/// How long a machine may take to come up. Emulated, on a quiet machine, it takes 4 s; with a kernel
+/// that looks for mistakes, on a busy one, a minute and a half.
+pub(crate) const BOOT: Duration = Duration::from_secs(240);
 /// With KVM it takes one second.
 const PROBE: Duration = Duration::from_secs(15);
 /// Lines of the console that are shown when something went wrong.

@@ -113,7 +113,7 @@ impl Tree {
         }
         let folder = copy.join("kernel/modules");
         let mut make = tools.make(&self.folder, self.arch);
-        make.arg(format!("M={}", folder.display())).arg("modules");
+        make.arg(format!("M={}", folder.display())).args(["PAGEFERRY_TEST=1", "modules"]);
         run(&mut make, &folder.join("build.log"))?;
         let files = fs::read_dir(&folder)?.map(|entry| Ok(entry?.path()));
         let all: Vec<PathBuf> = files.collect::<anyhow::Result<_>>()?;

@@ -32,6 +32,7 @@ pub enum Mode {
     Quiet,
     Refuses,
     Rejects,
+    Tires,
 }
 
 /// The engine that misbehaves. It is loaded once: channels that were given up keep it there.

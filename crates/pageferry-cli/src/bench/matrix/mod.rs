@@ -29,7 +29,7 @@ use self::table::{Cell, Matrix, Row};
 use super::plan::BenchArgs;
 use super::stats::{gb_per_s, spread};
 use crate::cancel;
-use crate::copiers::{MT, Migrator, Module, OURS};
+use crate::copiers::{Channel, MT, Migrator, Module, OURS};
 use crate::exit::Exit;
 use crate::host::Host;
 use crate::output::{Context, Problem};
@@ -51,7 +51,10 @@ struct Plan {
     rounds: u32,
     from: u32,
     to: u32,
+    /// CPUs of the node that has more.
     cpus: usize,
+    /// Channels that somebody has; with the module loaded, those that it has are among them.
+    channels: usize,
     emulated: Option<String>,
     cpu_model: String,
 }
@@ -113,7 +116,15 @@ impl Plan {
             rounds: args.rounds.unwrap_or(ROUNDS),
             from,
             to,
-            cpus: pageferry_sys::affinity::allowed_cpus().len(),
+            cpus: [from, to]
+                .map(|id| machine.node(NodeId::new(id)).map_or(0, |node| node.cpus.len()))
+                .into_iter()
+                .max()
+                .unwrap_or(0),
+            channels: Channel::all(&Host::new("/".as_ref()))
+                .iter()
+                .filter(|channel| channel.in_use)
+                .count(),
             emulated: emulated(),
             cpu_model: machine.cpu_model().unwrap_or("unknown").to_owned(),
         })
@@ -189,8 +200,12 @@ fn left_out(plan: &Plan, copier: Copier) -> Option<String> {
         return Some(format!("{} is not loaded", module.name));
     }
     match copier {
+        // Helpers are of one node, which the module chooses.
         Copier::Threads(n) if n as usize > plan.cpus => {
-            Some(format!("there are {} CPUs", plan.cpus))
+            Some(format!("neither node has more than {} CPUs", plan.cpus))
+        }
+        Copier::Channels(n) if n as usize > plan.channels => {
+            Some(format!("of DMA engines {} channels are in use", plan.channels))
         }
         _ => None,
     }
