@@ -25,7 +25,7 @@ pub(crate) const ZCU102: Machine = Machine {
     name: "zcu102",
     nodes: &[Memory { mib: 2048, cpus: 1 }, Memory { mib: 2048, cpus: 1 }],
     distances: &[(0, 1, 20)],
-    suites: &["kernel_"],
+    suites: &["kernel_copies", "kernel_dma"],
     hugetlb: 8,
     clock: Clock::Time,
 };

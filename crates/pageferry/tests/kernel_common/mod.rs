@@ -84,20 +84,6 @@ impl Module {
         module
     }
 
-    /// The module that this machine's migrations are tested with: the board's DMA engine where
-    /// there is one, else several CPUs.
-    pub fn best() -> Self {
-        match interrupts().len() {
-            0 => Self::load(MT, &["least_kib=4"]),
-            _ => Self::load(DMA, &["least_kib=4", BOARD]),
-        }
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
     /// Loads it; what insmod said if it could not.
     pub fn try_load(name: &'static str, parameters: &[&str]) -> Result<Self, String> {
         let switch = if name == TEST { "registered" } else { "enabled" };
