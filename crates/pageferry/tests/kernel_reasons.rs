@@ -384,7 +384,8 @@ fn the_command_measures_who_copies_and_puts_the_settings_back() {
             let bytes = |name: &str| cell[name].as_u64().expect("bytes");
             match (cell["copier"].as_str(), cell["count"].as_u64()) {
                 (Some("kernel"), None) => assert_eq!(bytes("offloaded_bytes"), 0),
-                (Some("threads"), Some(1 | 2)) => {
+                // Each node has one CPU.
+                (Some("threads"), Some(1)) => {
                     assert!(bytes("offloaded_bytes") > 0, "{cell}");
                 }
                 _ => {
