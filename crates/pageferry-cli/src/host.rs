@@ -41,10 +41,7 @@ impl Host {
 
     /// The chosen word of a file like `always [madvise] never`.
     pub(crate) fn choice(&self, path: &str) -> Option<String> {
-        let text = self.text(path)?;
-        let word =
-            text.split_ascii_whitespace().find_map(|w| w.strip_prefix('[')?.strip_suffix(']'));
-        word.map(str::to_owned)
+        chosen(&self.text(path)?).map(str::to_owned)
     }
 
     /// A field of `/proc/self/status`.
@@ -100,6 +97,11 @@ impl Host {
             .collect();
         Some(groups)
     }
+}
+
+/// The word in force of a setting like `always [madvise] never`.
+pub(crate) fn chosen(text: &str) -> Option<&str> {
+    text.split_ascii_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 mod kernel_common;
 
-use kernel_common::{HUGE, Kind, MT, Memory, Module, TEST, Writers, here, vmstat};
+use kernel_common::{HUGE, Kind, MT, Memory, Module, TEST, here, race, there_and_back, vmstat};
 use pageferry_sys::page_size;
 use pageferry_sys::usage::move_pages;
 use std::fs;
@@ -12,17 +12,6 @@ use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
-
-/// Moves memory there and back; how many of its pages a module copied.
-fn there_and_back(memory: &Memory) -> u64 {
-    let before = vmstat("pgmigrate_offload_success");
-    memory.must_move_to(0);
-    memory.must_move_to(1);
-    memory.verify();
-    memory.must_move_to(0);
-    memory.verify();
-    vmstat("pgmigrate_offload_success") - before
-}
 
 #[test]
 fn pages_of_each_kind_are_copied_in_batches_and_are_right() {
@@ -97,21 +86,7 @@ fn writers_that_race_with_moves_find_every_word_as_they_left_it() {
         return;
     }
     let _module = Module::load(MT, &["least_kib=4"]);
-    for kind in [Kind::Base, Kind::Huge, Kind::Shared] {
-        let memory: &Memory = Box::leak(Box::new(Memory::new(kind, 4 * MIB)));
-        let writers = Writers::start(memory, 2);
-        let before = vmstat("pgmigrate_offload_success");
-        let until = Instant::now() + Duration::from_secs(4);
-        let mut moves = 0;
-        while Instant::now() < until {
-            memory.move_to(1 - moves % 2);
-            moves += 1;
-        }
-        let rounds = writers.finish();
-        assert!(rounds > 0 && moves > 1, "{rounds} rounds beside {moves} moves");
-        assert!(vmstat("pgmigrate_offload_success") > before, "{kind:?}: nothing was copied so");
-        memory.verify();
-    }
+    race(&[Kind::Base, Kind::Huge, Kind::Shared], Duration::from_secs(4));
 }
 
 #[test]

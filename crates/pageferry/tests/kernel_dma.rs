@@ -2,15 +2,13 @@
 //! here wrote (the board's, and Linux's driver for it), and by one that misbehaves.
 
 mod kernel_common;
-mod kernel_engine;
 
 use kernel_common::{
-    BOARD, DMA, Kind, Memory, Module, Writers, here, interrupts, migrator, vmstat,
+    BOARD, DMA, Kind, Memory, Module, come_and_go, here, interrupts, migrator, race,
+    there_and_back, vmstat,
 };
-use kernel_engine::there_and_back;
 use pageferry_sys::page_size;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const MIB: usize = 1 << 20;
 
@@ -109,22 +107,7 @@ fn a_comparison_of_each_copy_finds_nothing_wrong_while_writers_race() {
     }
     for poll in ["poll=0", "poll=1"] {
         let module = load(&["verify=1", "channels=8", poll]);
-        for kind in [Kind::Base, Kind::Huge, Kind::Shared] {
-            let memory: &Memory = Box::leak(Box::new(Memory::new(kind, 4 * MIB)));
-            let writers = Writers::start(memory, 2);
-            let before = vmstat("pgmigrate_offload_success");
-            let until = Instant::now() + Duration::from_secs(3);
-            let mut moves = 0;
-            while Instant::now() < until {
-                memory.move_to(1 - moves % 2);
-                moves += 1;
-            }
-            let rounds = writers.finish();
-            assert!(rounds > 0 && moves > 1, "{rounds} rounds beside {moves} moves");
-            let copied = vmstat("pgmigrate_offload_success") - before;
-            assert!(copied > 0, "{kind:?}: nothing was copied so");
-            memory.verify();
-        }
+        race(&[Kind::Base, Kind::Huge, Kind::Shared], Duration::from_secs(3));
         assert_eq!(module.number("lies"), 0, "{poll}");
     }
 }
@@ -173,38 +156,7 @@ fn the_module_comes_and_goes_while_pages_move() {
     if !board() {
         return;
     }
-    let memory: &Memory = Box::leak(Box::new(Memory::new(Kind::Base, 2 * MIB)));
-    let huge: &Memory = Box::leak(Box::new(Memory::new(Kind::Huge, 4 * MIB)));
-    let writers = Writers::start(memory, 1);
-    let stop = AtomicBool::new(false);
-    let before = vmstat("pgmigrate_offload_success");
-    std::thread::scope(|scope| {
-        for memory in [memory, huge] {
-            let stop = &stop;
-            scope.spawn(move || {
-                let mut round = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    memory.move_to(round % 2);
-                    round += 1;
-                }
-            });
-        }
-        for round in 0..20 {
-            let module = load(&["channels=16"]);
-            // At least a batch each, but do not wait for ever if none comes.
-            let until = Instant::now() + Duration::from_secs(5);
-            while module.number("batches") == 0 && Instant::now() < until {
-                std::thread::yield_now();
-            }
-            drop(module);
-            assert_eq!(migrator(), "none", "after round {round}");
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    writers.finish();
-    assert!(vmstat("pgmigrate_offload_success") > before, "no batch met the module");
-    memory.verify();
-    huge.verify();
+    come_and_go(|| load(&["channels=16"]));
 }
 
 #[test]

@@ -5,8 +5,8 @@
 mod kernel_common;
 mod kernel_engine;
 
-use kernel_common::{DMA, Kind, Memory, Module, Writers, here, vmstat};
-use kernel_engine::{Engine, Mode, there_and_back};
+use kernel_common::{DMA, Kind, Memory, Module, Writers, here, there_and_back, vmstat};
+use kernel_engine::{Engine, Mode};
 use pageferry_sys::page_size;
 use std::fs;
 use std::time::{Duration, Instant};

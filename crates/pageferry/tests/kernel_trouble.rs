@@ -3,8 +3,7 @@
 
 mod kernel_common;
 
-use kernel_common::{Kind, MT, Memory, Module, TEST, Writers, here, migrator, vmstat};
-use std::sync::atomic::{AtomicBool, Ordering};
+use kernel_common::{Kind, MT, Memory, Module, TEST, Writers, come_and_go, here, migrator, vmstat};
 use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
@@ -94,38 +93,7 @@ fn modules_come_and_go_while_pages_move() {
     if !here() {
         return;
     }
-    let memory: &Memory = Box::leak(Box::new(Memory::new(Kind::Base, 2 * MIB)));
-    let huge: &Memory = Box::leak(Box::new(Memory::new(Kind::Huge, 4 * MIB)));
-    let writers = Writers::start(memory, 1);
-    let stop = AtomicBool::new(false);
-    let before = vmstat("pgmigrate_offload_success");
-    std::thread::scope(|scope| {
-        for memory in [memory, huge] {
-            let stop = &stop;
-            scope.spawn(move || {
-                let mut round = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    memory.move_to(round % 2);
-                    round += 1;
-                }
-            });
-        }
-        for round in 0..20 {
-            let module = Module::load(MT, &["least_kib=4"]);
-            // At least a batch each, but do not wait for ever if none comes.
-            let until = Instant::now() + Duration::from_secs(5);
-            while module.number("batches") == 0 && Instant::now() < until {
-                std::thread::yield_now();
-            }
-            drop(module);
-            assert_eq!(migrator(), "none", "after round {round}");
-        }
-        stop.store(true, Ordering::Relaxed);
-    });
-    writers.finish();
-    assert!(vmstat("pgmigrate_offload_success") > before, "no batch met a module");
-    memory.verify();
-    huge.verify();
+    come_and_go(|| Module::load(MT, &["least_kib=4"]));
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod tree;
 use crate::guest::{self, Kit, Machine};
 use crate::stage::{Ran, Stages, say};
 use clap::{Args, Subcommand, ValueEnum};
+use std::path::{Path, PathBuf};
 use tree::Tree;
 
 /// What is done with kernels.
@@ -144,28 +145,27 @@ pub(crate) fn kernel(what: &Kernel) -> Stages {
     stages
 }
 
-/// What is put in place of the guests' own kernel.
-fn kit(which: &Which) -> anyhow::Result<impl FnOnce(Kit) -> Kit + use<>> {
-    let home = tree::home()?;
-    let tree = Tree::build(&home, which.arch, which.variant)?;
+/// A kernel that is built, its modules, and what guests call it.
+fn built(home: &Path, which: &Which) -> anyhow::Result<(PathBuf, Vec<PathBuf>, String)> {
+    let tree = Tree::build(home, which.arch, which.variant)?;
     let modules = match which.variant {
         Variant::Stock => Vec::new(),
-        _ => tree.modules(&home)?,
+        _ => tree.modules(home)?,
     };
-    let release = format!("6.12 ({})", which.variant.name());
-    Ok(move |kit: Kit| kit.with_kernel(tree.image(), modules, release))
+    Ok((tree.image(), modules, format!("6.12 ({})", which.variant.name())))
+}
+
+/// What is put in place of the guests' own kernel.
+fn kit(which: &Which) -> anyhow::Result<impl FnOnce(Kit) -> Kit + use<>> {
+    let (image, modules, release) = built(&tree::home()?, which)?;
+    Ok(move |kit: Kit| kit.with_kernel(image, modules, release))
 }
 
 /// What the arm64 machine boots.
 fn kit_aarch64(which: &Which) -> anyhow::Result<Kit> {
     let home = tree::home()?;
-    let tree = Tree::build(&home, which.arch, which.variant)?;
-    let modules = match which.variant {
-        Variant::Stock => Vec::new(),
-        _ => tree.modules(&home)?,
-    };
-    let release = format!("6.12 ({})", which.variant.name());
-    Kit::aarch64(&home.join("tools"), tree.image(), modules, release)
+    let (image, modules, release) = built(&home, which)?;
+    Kit::aarch64(&home.join("tools"), image, modules, release)
 }
 
 fn cost(arch: Arch) -> anyhow::Result<Ran> {

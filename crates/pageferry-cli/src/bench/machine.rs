@@ -6,6 +6,7 @@ use pageferry::Engine;
 use pageferry_sys::affinity;
 
 use super::schema::MachineInfo;
+use crate::host::chosen;
 
 /// Describes the machine.
 pub(super) fn describe(engine: &Engine) -> MachineInfo {
@@ -25,13 +26,7 @@ pub(super) fn describe(engine: &Engine) -> MachineInfo {
 /// The system's setting of transparent huge pages; `none` for a kernel without them.
 pub(super) fn thp() -> String {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-    text.ok().and_then(|text| bracketed(&text)).unwrap_or_else(|| "none".to_owned())
-}
-
-/// `always [madvise] never`: the choice that is in force.
-fn bracketed(text: &str) -> Option<String> {
-    let (_, rest) = text.split_once('[')?;
-    rest.split_once(']').map(|(choice, _)| choice.to_owned())
+    text.ok().and_then(|text| chosen(&text).map(str::to_owned)).unwrap_or_else(|| "none".to_owned())
 }
 
 fn line(path: &str) -> String {
@@ -42,7 +37,7 @@ fn line(path: &str) -> String {
 mod tests {
     #[test]
     fn the_choice_in_force_is_the_one_in_brackets() {
-        assert_eq!(super::bracketed("always [madvise] never\n").as_deref(), Some("madvise"));
-        assert_eq!(super::bracketed("always madvise never"), None);
+        assert_eq!(super::chosen("always [madvise] never\n"), Some("madvise"));
+        assert_eq!(super::chosen("always madvise never"), None);
     }
 }

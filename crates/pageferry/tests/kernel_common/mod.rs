@@ -15,6 +15,7 @@ use std::ptr::{null_mut, with_exposed_provenance_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 /// Where guests have the modules.
 const MODULES: &str = "/copiers";
@@ -319,4 +320,70 @@ fn write_round(words: &[AtomicU64], own: usize, count: usize, rounds: u64) {
         assert_eq!(found, before, "word {index} lost what was written to it");
         place.store(word(index, rounds + 1), Ordering::Relaxed);
     }
+}
+
+/// Moves memory there and back; how many of its pages a module copied.
+pub fn there_and_back(memory: &Memory) -> u64 {
+    let before = vmstat("pgmigrate_offload_success");
+    memory.must_move_to(0);
+    memory.must_move_to(1);
+    memory.verify();
+    memory.must_move_to(0);
+    memory.verify();
+    vmstat("pgmigrate_offload_success") - before
+}
+
+/// Moves memory of each of these kinds to and fro for so long, while writers verify every word.
+pub fn race(kinds: &[Kind], time: Duration) {
+    for &kind in kinds {
+        let memory: &Memory = Box::leak(Box::new(Memory::new(kind, 4 << 20)));
+        let writers = Writers::start(memory, 2);
+        let before = vmstat("pgmigrate_offload_success");
+        let until = Instant::now() + time;
+        let mut moves = 0;
+        while Instant::now() < until {
+            memory.move_to(1 - moves % 2);
+            moves += 1;
+        }
+        let rounds = writers.finish();
+        assert!(rounds > 0 && moves > 1, "{rounds} rounds beside {moves} moves");
+        assert!(vmstat("pgmigrate_offload_success") > before, "{kind:?}: nothing was copied so");
+        memory.verify();
+    }
+}
+
+/// Has a module come and go 20 times while pages move.
+pub fn come_and_go(load: impl Fn() -> Module) {
+    let memory: &Memory = Box::leak(Box::new(Memory::new(Kind::Base, 2 << 20)));
+    let huge: &Memory = Box::leak(Box::new(Memory::new(Kind::Huge, 4 << 20)));
+    let writers = Writers::start(memory, 1);
+    let stop = AtomicBool::new(false);
+    let before = vmstat("pgmigrate_offload_success");
+    std::thread::scope(|scope| {
+        for memory in [memory, huge] {
+            let stop = &stop;
+            scope.spawn(move || {
+                let mut round = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    memory.move_to(round % 2);
+                    round += 1;
+                }
+            });
+        }
+        for round in 0..20 {
+            let module = load();
+            // At least a batch each, but do not wait for ever if none comes.
+            let until = Instant::now() + Duration::from_secs(5);
+            while module.number("batches") == 0 && Instant::now() < until {
+                std::thread::yield_now();
+            }
+            drop(module);
+            assert_eq!(migrator(), "none", "after round {round}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    writers.finish();
+    assert!(vmstat("pgmigrate_offload_success") > before, "no batch met the module");
+    memory.verify();
+    huge.verify();
 }

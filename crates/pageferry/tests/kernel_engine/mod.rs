@@ -2,23 +2,11 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
-use super::kernel_common::{Memory, vmstat};
 use std::fs;
 use std::process::Command;
 
 /// The test part that is a DMA engine.
 const ENGINE: &str = "pageferry_dma_test";
-
-/// Moves memory there and back; how many of its pages a module copied.
-pub fn there_and_back(memory: &Memory) -> u64 {
-    let before = vmstat("pgmigrate_offload_success");
-    memory.must_move_to(0);
-    memory.must_move_to(1);
-    memory.verify();
-    memory.must_move_to(0);
-    memory.verify();
-    vmstat("pgmigrate_offload_success") - before
-}
 
 /// How the engine behaves, as `mode` of the test part says it.
 #[derive(Clone, Copy, Debug)]

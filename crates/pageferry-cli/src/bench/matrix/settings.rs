@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::copiers::{DMA, Known, MT};
 use crate::exit::Exit;
+use crate::host::chosen;
 use crate::output::{Context, Problem};
 
 /// Sizes of transparent huge pages, each with a setting (Linux 6.8).
@@ -70,7 +71,9 @@ impl Settings {
     fn set(&mut self, file: &Path, value: &str) -> anyhow::Result<()> {
         if !self.before.iter().any(|(known, _)| known == file) {
             let text = fs::read_to_string(file).map_err(|error| failed("read", file, &error))?;
-            self.before.push((file.to_owned(), chosen(&text)));
+            // Of a choice the word in force, of others all of it.
+            let value = chosen(&text).unwrap_or(text.trim());
+            self.before.push((file.to_owned(), value.to_owned()));
         }
         fs::write(file, value).map_err(|error| failed("write", file, &error).into())
     }
@@ -134,12 +137,6 @@ impl Drop for Settings {
             }
         }
     }
-}
-
-/// Of a setting like `always [madvise] never` the word in force; of others all of it.
-fn chosen(text: &str) -> String {
-    let word = text.split_ascii_whitespace().find_map(|w| w.strip_prefix('[')?.strip_suffix(']'));
-    word.unwrap_or(text.trim()).to_owned()
 }
 
 fn failed(what: &str, file: &Path, error: &std::io::Error) -> Problem {

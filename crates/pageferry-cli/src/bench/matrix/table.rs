@@ -195,7 +195,6 @@ fn write_text(matrix: &Matrix, out: &mut String) -> fmt::Result {
             left_out.extend(told);
         }
     }
-    left_out.dedup();
     let mut told: Vec<&String> = Vec::new();
     for line in &left_out {
         if !told.contains(&line) {
