@@ -7,7 +7,6 @@ use kernel_common::{HUGE, Kind, MT, Memory, Module, TEST, here, race, there_and_
 use pageferry_sys::page_size;
 use pageferry_sys::usage::move_pages;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 const MIB: usize = 1 << 20;
@@ -188,11 +187,7 @@ fn pages_of_hugetlb_move_as_ever() {
     if !here() {
         return;
     }
-    if !Path::new("/proc/sys/vm/nr_hugepages").exists() {
-        eprintln!("skipped: this kernel has no hugetlb");
-        return;
-    }
-    let _module = Module::load(MT, &["least_kib=4"]);
+    let _module = Module::best();
     // They are moved one by one by a path of their own, and offered to nobody.
     assert_eq!(there_and_back(&Memory::new(Kind::HugeTlb, 2 * HUGE)), 0);
 }

@@ -173,16 +173,48 @@ static const struct kernel_param_ops sum_ops = {
 	module_param_cb(name, &sum_ops, &name, 0444);		\
 	MODULE_PARM_DESC(name, what)
 
-/* A number within bounds, for the setter of a parameter. */
-static int uint_within(const char *val, const struct kernel_param *kp,
-		       unsigned int least, unsigned int most, const char *wanted)
+/* A number within bounds; `changed` is called when it has been set. */
+struct pf_number {
+	unsigned int *value, least, most;
+	const char *wanted;
+	void (*changed)(void);
+};
+
+static int number_set(const char *val, const struct kernel_param *kp)
 {
+	const struct pf_number *number = kp->arg;
 	unsigned int n;
 
-	if (kstrtouint(val, 0, &n) || n < least || n > most)
-		return refuse(kp, val, wanted);
-	WRITE_ONCE(*(unsigned int *)kp->arg, n);
+	if (kstrtouint(val, 0, &n) || n < number->least || n > number->most)
+		return refuse(kp, val, number->wanted);
+	WRITE_ONCE(*number->value, n);
+	if (number->changed)
+		number->changed();
 	return 0;
 }
+
+static int number_get(char *buf, const struct kernel_param *kp)
+{
+	const struct pf_number *number = kp->arg;
+
+	return sysfs_emit(buf, "%u\n", READ_ONCE(*number->value));
+}
+
+static const struct kernel_param_ops number_ops = {
+	.set = number_set,
+	.get = number_get,
+};
+
+/* The bounds are numbers as one reads them: they are part of what is said. */
+#define NUMBER(name, initial, lowest, highest, on_change, what)		\
+	static unsigned int name = initial;				\
+	static const struct pf_number name##_number = {			\
+		.value = &name, .least = lowest, .most = highest,	\
+		.wanted = __stringify(lowest) " to " __stringify(highest), \
+		.changed = on_change,					\
+	};								\
+	module_param_cb(name, &number_ops, (void *)&name##_number, 0644); \
+	MODULE_PARM_DESC(name, what " (" __stringify(lowest) " to "	\
+			 __stringify(highest) ")")
 
 #endif

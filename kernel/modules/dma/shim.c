@@ -29,8 +29,9 @@
 #include "shim.h"
 
 #define MOST_CHANNELS	32
-#define MOST_KIB	(1U << 20)
+#define MOST_KIB	1048576
 #define MOST_MS		600000
+#define MOST_UNORDERED	512
 /* Long for a driver's tasklet, short for who waits for the migration. */
 #define FREEING_MS	20
 /*
@@ -42,10 +43,6 @@
 /* Mapped, the two sides may be cut in different places. */
 #define MOST_COPIES	(2 * MOST_PARTS)
 
-static unsigned int channels = 4;
-static unsigned int least_kib = 64;
-static unsigned int timeout_ms = 1000;
-static unsigned int unordered = 16;
 static bool poll;
 static bool verify;
 static char *devices = "";
@@ -56,51 +53,17 @@ static int provider_copy(struct list_head *dsts, struct list_head *srcs,
 	return pageferry_dma_copy(dsts, srcs, folios);
 }
 
+NUMBER(channels, 4, 1, MOST_CHANNELS, NULL, "Channels a batch has at most");
+NUMBER(least_kib, 64, 1, MOST_KIB, provider_set_thresholds,
+	"KiB that are worth a channel");
+
 static unsigned long provider_min_bytes(void)
 {
 	return (unsigned long)READ_ONCE(least_kib) << 10;
 }
 
-static int channels_set(const char *val, const struct kernel_param *kp)
-{
-	return uint_within(val, kp, 1, MOST_CHANNELS, "1 to 32");
-}
-
-static const struct kernel_param_ops channels_ops = {
-	.set = channels_set,
-	.get = param_get_uint,
-};
-module_param_cb(channels, &channels_ops, &channels, 0644);
-MODULE_PARM_DESC(channels, "Channels a batch has at most (1 to 32)");
-
-static int least_kib_set(const char *val, const struct kernel_param *kp)
-{
-	int ret = uint_within(val, kp, 1, MOST_KIB, "1 to 1048576 (KiB)");
-
-	if (!ret)
-		provider_set_thresholds();
-	return ret;
-}
-
-static const struct kernel_param_ops least_kib_ops = {
-	.set = least_kib_set,
-	.get = param_get_uint,
-};
-module_param_cb(least_kib, &least_kib_ops, &least_kib, 0644);
-MODULE_PARM_DESC(least_kib, "KiB that are worth a channel (1 to 1048576)");
-
-static int timeout_set(const char *val, const struct kernel_param *kp)
-{
-	return uint_within(val, kp, 1, MOST_MS, "1 to 600000 (ms)");
-}
-
-static const struct kernel_param_ops timeout_ops = {
-	.set = timeout_set,
-	.get = param_get_uint,
-};
-module_param_cb(timeout_ms, &timeout_ops, &timeout_ms, 0644);
-MODULE_PARM_DESC(timeout_ms,
-		 "After so many ms a channel is given up, for good (1 to 600000)");
+NUMBER(timeout_ms, 1000, 1, MOST_MS, NULL,
+	"After so many ms a channel is given up, for good");
 
 static int bool_set(const char *val, const struct kernel_param *kp)
 {
@@ -121,18 +84,8 @@ MODULE_PARM_DESC(poll, "Look for the end of a transfer instead of having an inte
 module_param_cb(verify, &bool_ops, &verify, 0644);
 MODULE_PARM_DESC(verify, "Compare each copy with its source, and report what differs (0 or 1)");
 
-static int unordered_set(const char *val, const struct kernel_param *kp)
-{
-	return uint_within(val, kp, 1, HPAGE_PMD_NR, "1 to 512 (copies)");
-}
-
-static const struct kernel_param_ops unordered_ops = {
-	.set = unordered_set,
-	.get = param_get_uint,
-};
-module_param_cb(unordered, &unordered_ops, &unordered, 0644);
-MODULE_PARM_DESC(unordered,
-		 "Copies asked for at once of a channel that ends them out of order; no more than its queue has room for (1 to 512)");
+NUMBER(unordered, 16, 1, MOST_UNORDERED, NULL,
+	"Copies asked for at once of a channel that ends them out of order; no more than its queue has room for");
 
 module_param(devices, charp, 0444);
 MODULE_PARM_DESC(devices,
@@ -222,6 +175,8 @@ struct pf_channel {
 
 	/* Descriptors that it is known to take at once. */
 	unsigned int takes;
+	/* What a source has, for pf_compare(). */
+	struct page *seen;
 	atomic_t under_way;
 	dma_cookie_t last;
 	/* The last one submitted was not meant to be: nothing will interrupt. */
@@ -289,7 +244,10 @@ size_t pf_open(struct pf_channel **out, size_t most)
 		if (!chan)
 			break;
 		c = kvzalloc(sizeof(*c), GFP_KERNEL);
-		if (!c) {
+		if (c)
+			c->seen = alloc_page(GFP_KERNEL);
+		if (!c || !c->seen) {
+			kvfree(c);
 			dma_release_channel(chan);
 			break;
 		}
@@ -315,6 +273,7 @@ void pf_close(struct pf_channel *c)
 		return;
 	}
 	dma_release_channel(c->chan);
+	__free_page(c->seen);
 	kvfree(c);
 }
 
@@ -681,9 +640,23 @@ void pf_release_kept(void)
 	}
 }
 
-bool pf_same(struct folio *a, struct folio *b, size_t offset, size_t len)
+/*
+ * Compares whole pages of two folios: 0 same, 1 not.  -EHWPOISON: the source
+ * cannot be read; it is looked at through a copy for which that is no disaster.
+ */
+int pf_compare(struct pf_channel *c, struct folio *dst, struct folio *src,
+	       size_t offset, size_t len)
 {
-	return !memcmp(folio_address(a) + offset, folio_address(b) + offset, len);
+	size_t at;
+
+	for (at = offset; at < offset + len; at += PAGE_SIZE) {
+		if (copy_mc_highpage(c->seen, folio_page(src, at / PAGE_SIZE)))
+			return -EHWPOISON;
+		if (memcmp(page_address(c->seen), folio_address(dst) + at,
+			   PAGE_SIZE))
+			return 1;
+	}
+	return 0;
 }
 
 void pf_count_lie(struct pf_channel *c, struct folio *dst)

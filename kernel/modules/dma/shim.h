@@ -40,7 +40,8 @@ bool pf_next_failed(struct pf_channel *channel, size_t *index, size_t *at,
 void pf_unmap(struct pf_channel *channel);
 void pf_retire(struct pf_channel *channel);
 void pf_keep(struct folio *dst, struct folio *src);
-bool pf_same(struct folio *a, struct folio *b, size_t offset, size_t len);
+int pf_compare(struct pf_channel *channel, struct folio *dst, struct folio *src,
+	       size_t offset, size_t len);
 int pf_register(void);
 void pf_unregister(void);
 void pf_release_kept(void);

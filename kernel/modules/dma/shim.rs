@@ -58,12 +58,13 @@ extern "C" {
     fn pf_unmap(channel: Raw);
     fn pf_retire(channel: Raw);
     fn pf_keep(dst: *mut bindings::folio, src: *mut bindings::folio);
-    fn pf_same(
-        a: *mut bindings::folio,
-        b: *mut bindings::folio,
+    fn pf_compare(
+        channel: Raw,
+        dst: *mut bindings::folio,
+        src: *mut bindings::folio,
         offset: usize,
         len: usize,
-    ) -> bool;
+    ) -> c_int;
     fn pf_register() -> c_int;
     fn pf_unregister();
     fn pf_release_kept();
@@ -214,12 +215,16 @@ impl Channel {
         if item.failed.load(Ordering::Relaxed) {
             return;
         }
-        // SAFETY: folios of the migration under way, which no device is at work on.
-        unsafe {
-            if !pf_same(item.dst, item.src, from, bytes) {
-                pf_count_lie(self.0.as_ptr(), item.dst);
-                item.failed.store(true, Ordering::Relaxed);
-            }
+        let channel = self.0.as_ptr();
+        // SAFETY: taken by the caller; folios of the migration under way, which no device is at
+        // work on.
+        let found = unsafe { pf_compare(channel, item.dst, item.src, from, bytes) };
+        if found > 0 {
+            // SAFETY: as above.
+            unsafe { pf_count_lie(channel, item.dst) };
+        }
+        if found != 0 {
+            item.failed.store(true, Ordering::Relaxed);
         }
     }
 }

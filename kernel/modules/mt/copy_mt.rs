@@ -93,7 +93,7 @@ impl Batch {
     ) -> Result<Arc<Self>> {
         // SAFETY: as promised to us.
         let items = unsafe { Items::take(dsts, srcs, folios)? };
-        let batch = UniqueArc::<Self>::new_uninit(GFP_NOWAIT)?;
+        let batch = items::sparing(|| UniqueArc::<Self>::new_uninit(GFP_NOWAIT))?;
         let batch = batch.write(Self {
             items,
             chunk: AtomicUsize::new(CHUNK),

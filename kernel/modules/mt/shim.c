@@ -21,10 +21,8 @@
 #include "shim.h"
 
 #define MOST_HELPERS	31
-#define MOST_KIB	(1U << 20)
+#define MOST_KIB	1048576
 
-static unsigned int helpers = 7;
-static unsigned int least_kib = 128;
 static bool non_temporal;
 static unsigned int side = PF_AUTO;
 /* What was chosen at load for PF_AUTO. */
@@ -36,40 +34,16 @@ static int provider_copy(struct list_head *dsts, struct list_head *srcs,
 	return pageferry_mt_copy(dsts, srcs, folios);
 }
 
+NUMBER(helpers, 7, 0, MOST_HELPERS, NULL,
+	"Helpers a batch has at most, beside the caller");
+NUMBER(least_kib, 128, 1, MOST_KIB, provider_set_thresholds,
+	"KiB that are worth a helper");
+
 /* Below two shares of `least_kib` no helper would be asked. */
 static unsigned long provider_min_bytes(void)
 {
 	return 2UL * READ_ONCE(least_kib) << 10;
 }
-
-static int helpers_set(const char *val, const struct kernel_param *kp)
-{
-	return uint_within(val, kp, 0, MOST_HELPERS,
-			   "0 to 31 (0: the caller copies alone)");
-}
-
-static const struct kernel_param_ops helpers_ops = {
-	.set = helpers_set,
-	.get = param_get_uint,
-};
-module_param_cb(helpers, &helpers_ops, &helpers, 0644);
-MODULE_PARM_DESC(helpers, "Helpers a batch has at most, beside the caller (0 to 31)");
-
-static int least_kib_set(const char *val, const struct kernel_param *kp)
-{
-	int ret = uint_within(val, kp, 1, MOST_KIB, "1 to 1048576 (KiB)");
-
-	if (!ret)
-		provider_set_thresholds();
-	return ret;
-}
-
-static const struct kernel_param_ops least_kib_ops = {
-	.set = least_kib_set,
-	.get = param_get_uint,
-};
-module_param_cb(least_kib, &least_kib_ops, &least_kib, 0644);
-MODULE_PARM_DESC(least_kib, "KiB that are worth a helper (1 to 1048576)");
 
 static int non_temporal_set(const char *val, const struct kernel_param *kp)
 {

@@ -1,8 +1,9 @@
 //! The arm64 machine: QEMU's `xlnx-zcu102`, which has a DMA engine with sixteen channels, and a
 //! driver in Linux that nobody here wrote.
 //!
-//! Linux is given a device tree of ours: two banks of memory that are two nodes with a CPU each,
-//! two serial ports (the console, and the port for results: there is no virtio), and the channels.
+//! Linux is given a device tree of ours: two banks of memory that are two nodes with a CPU each (of
+//! the second, a part is a third one without, which is added later), two serial ports (the console,
+//! and the port for results: there is no virtio), and the channels.
 //! What always holds: QEMU's own way to boot Linux (`-kernel`) is not used, because it puts one
 //! bank in place of ours, over devices; so this loads what is needed where [`Placed`] says.
 //!
@@ -23,9 +24,9 @@ pub(crate) const QEMU: &str = "qemu-system-aarch64";
 /// What Linux is told of it. The banks of memory are the board's, in size and place.
 pub(crate) const ZCU102: Machine = Machine {
     name: "zcu102",
-    nodes: &[Memory { mib: 2048, cpus: 1 }, Memory { mib: 2048, cpus: 1 }],
+    nodes: &[Memory { mib: 2048, cpus: 1 }, Memory { mib: 1536, cpus: 1 }],
     distances: &[(0, 1, 20)],
-    suites: &["kernel_copies", "kernel_dma"],
+    suites: &["kernel_"],
     hugetlb: 8,
     clock: Clock::Time,
 };
@@ -56,6 +57,11 @@ const STUB: [u32; 6] = [
 ];
 const _: () = assert!(Placed::TREE.trailing_zeros() >= 16 && Placed::KERNEL.trailing_zeros() >= 16);
 
+/// Bytes of a bank of memory; where in the second one the memory begins that is added later, to a
+/// node without CPUs.
+const BANK: u32 = 0x8000_0000;
+const LATER: u32 = 0x6000_0000;
+
 /// Registers of the serial ports, and their interrupts (UG1085, table 13-1; less 32).
 const UARTS: [(u32, u32); 2] = [(0xff00_0000, 21), (0xff01_0000, 22)];
 /// Channels of the engine in the full-power domain (GDMA), and in the low-power domain (ADMA):
@@ -77,7 +83,7 @@ pub(super) fn command(boot: &Boot<'_>, serial: &str, results: &str) -> anyhow::R
     let size = |path: &Path| fs::metadata(path).map(|m| m.len());
     let size = size(boot.initramfs).context("no initramfs")?;
     let end = u32::try_from(size).ok().and_then(|size| Placed::INITRAMFS.checked_add(size));
-    let end = end.filter(|end| *end < 0x8000_0000).context("the initramfs is too big")?;
+    let end = end.filter(|end| *end < BANK).context("the initramfs is too big")?;
     // Pages stay where they were put; an oops ends the machine at once, and QEMU with it.
     let words = format!(
         "console=ttyPS0,115200 quiet oops=panic panic=-1 numa_balancing=disable \
@@ -137,11 +143,15 @@ fn device_tree(words: &str, initramfs_end: u32) -> Vec<u8> {
             node.cells("linux,initrd-end", &[0, initramfs_end]);
         });
         processors(root);
-        memory(root, 0, [0, 0]);
-        memory(root, 1, [8, 0]);
+        memory(root, 0, [0, 0], BANK, |_| ());
+        memory(root, 1, [8, 0], LATER, |_| ());
+        // It is there, and not used until a module adds it.
+        memory(root, 2, [8, LATER], BANK - LATER, |node| node.text("status", &["disabled"]));
         root.node("distance-map", |node| {
             node.text("compatible", &["numa-distance-map-v1"]);
-            node.cells("distance-matrix", &[0, 0, 10, 0, 1, 20, 1, 0, 20, 1, 1, 10]);
+            let distances = |from| (0..3).flat_map(move |to| [from, to, distance(from, to)]);
+            let matrix: Vec<u32> = (0..3).flat_map(distances).collect();
+            node.cells("distance-matrix", &matrix);
         });
         clock(root, CLOCK_100, 100_000_000);
         clock(root, CLOCK_600, 600_000_000);
@@ -189,14 +199,20 @@ fn processors(root: &mut Node) {
     });
 }
 
-/// A bank of 2 GiB.
-fn memory(root: &mut Node, node_id: u32, at: [u32; 2]) {
+/// From one node to another, as ACPI's SLIT says it.
+fn distance(from: u32, to: u32) -> u32 {
+    if from == to { 10 } else { 20 }
+}
+
+/// A bank of memory, or a part of one, with what else is said of it.
+fn memory(root: &mut Node, node_id: u32, at: [u32; 2], size: u32, more: impl FnOnce(&mut Node)) {
     let name =
         if at[0] == 0 { format!("{:x}", at[1]) } else { format!("{:x}{:08x}", at[0], at[1]) };
     root.node(&format!("memory@{name}"), |node| {
         node.text("device_type", &["memory"]);
-        node.cells("reg", &[at[0], at[1], 0, 0x8000_0000]);
+        node.cells("reg", &[at[0], at[1], 0, size]);
         node.cells("numa-node-id", &[node_id]);
+        more(node);
     });
 }
 
@@ -264,7 +280,7 @@ mod tests {
         let tree = device_tree("quiet", 0x900_0000);
         let text = String::from_utf8_lossy(&tree).into_owned();
         assert_eq!(text.matches("dma-controller@").count(), 16);
-        assert_eq!(text.matches("memory@").count(), 2);
+        assert_eq!(text.matches("memory@").count(), 3);
         assert!(text.contains("memory@800000000\0") && text.contains("quiet\0"));
     }
 }

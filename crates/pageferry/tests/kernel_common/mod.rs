@@ -64,6 +64,53 @@ pub fn interrupts() -> Vec<u64> {
     lines.map(counts).collect()
 }
 
+/// The files that say whether blocks of a node's memory are online.
+pub fn blocks(node: i32) -> Vec<PathBuf> {
+    let folder = format!("/sys/devices/system/node/node{node}");
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let mut all: Vec<_> = (entries.flatten())
+        .filter(|e| e.file_name().to_string_lossy().starts_with("memory"))
+        .map(|e| e.path().join("state"))
+        .filter(|state| state.exists())
+        .collect();
+    all.sort();
+    all
+}
+
+/// Adds the memory that the device tree tells of and Linux did not take at boot, for pages that can
+/// be moved; its node. None where the machine has none: then firmware says which can be taken away.
+pub fn added_memory() -> Option<i32> {
+    let nodes = fs::read_dir("/proc/device-tree").ok()?.flatten().map(|entry| entry.path());
+    let kept = nodes.filter(|node| {
+        let is = |name: &str, value: &[u8]| fs::read(node.join(name)).is_ok_and(|v| v == value);
+        is("device_type", b"memory\0") && is("status", b"disabled\0")
+    });
+    let kept = kept.last()?;
+    let cells = |name: &str| -> Vec<u64> {
+        let bytes = fs::read(kept.join(name)).expect("a property");
+        let cell = |c: &[u8]| c.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+        bytes.chunks(4).map(cell).collect()
+    };
+    let (reg, node) = (cells("reg"), cells("numa-node-id")[0]);
+    if !fs::exists("/sys/module/pageferry_memory_test").expect("sysfs") {
+        let out = Command::new("insmod")
+            .arg(format!("{MODULES}/pageferry_memory_test.ko"))
+            .arg(format!("start={:#x}", reg[0] << 32 | reg[1]))
+            .arg(format!("size={:#x}", reg[2] << 32 | reg[3]))
+            .arg(format!("node={node}"))
+            .output()
+            .expect("busybox");
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+    let node = i32::try_from(node).expect("a node");
+    for block in blocks(node) {
+        if fs::read_to_string(&block).expect("sysfs").trim() == "offline" {
+            fs::write(&block, "online_movable").expect("memory that was added");
+        }
+    }
+    Some(node)
+}
+
 /// Who copies now.
 pub fn migrator() -> String {
     fs::read_to_string(format!("{OFFLOAD}/migrator")).expect("sysfs").trim().to_owned()
@@ -83,6 +130,19 @@ impl Module {
         module.set(module.switch, "1").expect("it can begin");
         assert_eq!(migrator(), name);
         module
+    }
+
+    /// The one that this machine's pages are copied with: by the board's DMA engine where there is
+    /// one, else by several CPUs.
+    pub fn best() -> Self {
+        match interrupts().len() {
+            0 => Self::load(MT, &["least_kib=4"]),
+            _ => Self::load(DMA, &["least_kib=4", BOARD]),
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        self.name
     }
 
     /// Loads it; what insmod said if it could not.
