@@ -66,6 +66,38 @@ pub fn spread(caches: &[u32], order: &mut [usize]) {
     }
 }
 
+/// Chooses CPUs that are `idle`, as many as `chosen` has room for: one of each cache that has any,
+/// and only then others. Returns how many; `chosen` has their positions in `caches`.
+///
+/// `caches` as for [`spread`], in whose order they best are; the search begins at `turn` (any number),
+/// so that batches that are under way together do not all look at the same CPUs.
+pub fn choose(
+    caches: &[u32],
+    turn: usize,
+    mut idle: impl FnMut(usize) -> bool,
+    chosen: &mut [usize],
+) -> usize {
+    let mut count = 0;
+    for second in [false, true] {
+        for index in 0..caches.len() {
+            if count == chosen.len() {
+                return count;
+            }
+            let cpu = turn.wrapping_add(index) % caches.len();
+            let taken = &chosen[..count];
+            let is_out = match second {
+                false => taken.iter().any(|other| caches[*other] == caches[cpu]),
+                true => taken.contains(&cpu),
+            };
+            if !is_out && idle(cpu) {
+                chosen[count] = cpu;
+                count += 1;
+            }
+        }
+    }
+    count
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,6 +161,25 @@ mod tests {
                 }
             }
             prop_assert_eq!(seen.len(), caches.len());
+        }
+
+        #[test]
+        fn idle_cpus_are_chosen_and_of_every_cache_that_has_one_before_a_second(
+            cpus in prop::collection::vec((0_u32..9, any::<bool>()), 0..100),
+            turn in any::<usize>(), most in 0_usize..32,
+        ) {
+            let caches: Vec<u32> = cpus.iter().map(|(cache, _)| *cache).collect();
+            let mut chosen = vec![usize::MAX; most];
+            let count = choose(&caches, turn, |cpu| cpus[cpu].1, &mut chosen);
+            let idle = cpus.iter().filter(|(_, idle)| *idle).count();
+            prop_assert_eq!(count, idle.min(most));
+            let chosen: std::collections::HashSet<usize> = chosen[..count].iter().copied().collect();
+            prop_assert_eq!(chosen.len(), count, "one was chosen twice");
+            prop_assert!(chosen.iter().all(|cpu| cpus[*cpu].1), "one was busy");
+            let with_idle: std::collections::HashSet<u32> =
+                cpus.iter().filter(|(_, idle)| *idle).map(|(cache, _)| *cache).collect();
+            let used: std::collections::HashSet<u32> = chosen.iter().map(|cpu| caches[*cpu]).collect();
+            prop_assert_eq!(used.len(), with_idle.len().min(count), "a cache was left out");
         }
     }
 }

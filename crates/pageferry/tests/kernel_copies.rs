@@ -191,3 +191,43 @@ fn pages_of_hugetlb_move_as_ever() {
     // They are moved one by one by a path of their own, and offered to nobody.
     assert_eq!(there_and_back(&Memory::new(Kind::HugeTlb, 2 * HUGE)), 0);
 }
+
+/// The number of huge pages that a node has for hugetlb; as before when this is dropped.
+struct Pool {
+    file: String,
+    before: String,
+}
+
+impl Pool {
+    fn set(node: u32, pages: &str) -> Self {
+        let file =
+            format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages");
+        let before = fs::read_to_string(&file).expect("sysfs").trim().to_owned();
+        fs::write(&file, pages).expect("sysfs");
+        assert_eq!(fs::read_to_string(&file).expect("sysfs").trim(), pages);
+        Self { file, before }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        fs::write(&self.file, &self.before).expect("as before");
+    }
+}
+
+#[test]
+fn pages_of_hugetlb_for_which_the_other_node_has_none_ready_keep_their_content() {
+    if !here() {
+        return;
+    }
+    // Linux then makes a page for the move, and marks it as such where others have our mark.
+    let _here = Pool::set(0, "4");
+    let _there = Pool::set(1, "0");
+    for with_module in [false, true] {
+        let _module = with_module.then(Module::best);
+        let memory = Memory::new(Kind::HugeTlb, 2 * HUGE);
+        memory.must_be_on(0);
+        memory.must_move_to(1);
+        memory.verify();
+    }
+}

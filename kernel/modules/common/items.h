@@ -6,6 +6,7 @@
 #ifndef PAGEFERRY_ITEMS_H
 #define PAGEFERRY_ITEMS_H
 
+#include <linux/kasan-enabled.h>
 #include <linux/migrate.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
@@ -19,6 +20,7 @@ struct pf_item {
 	struct folio *src;
 	size_t start;	/* of its bytes, counted through the batch */
 	bool failed;
+	bool kept;	/* by who copies with devices */
 };
 
 size_t pf_items(struct list_head *dsts, struct list_head *srcs,
@@ -35,6 +37,10 @@ static bool has_tags(struct folio *src)
 {
 #if defined(CONFIG_ARM64_MTE) && defined(PF_BYTES_ONLY)
 	long i;
+
+	/* The kernel's own tags, which copy_highpage() resets. */
+	if (kasan_hw_tags_enabled())
+		return true;
 
 	for (i = 0; system_supports_mte() && i < folio_nr_pages(src); i++)
 		if (page_mte_tagged(folio_page(src, i)))

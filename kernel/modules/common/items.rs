@@ -22,6 +22,9 @@ pub(crate) struct Item {
     pub(crate) start: usize,
     /// A part of it was not copied.
     pub(crate) failed: AtomicBool,
+    /// Both folios are held for a device that is late.
+    #[allow(dead_code, reason = "one of the modules has no device")]
+    pub(crate) kept: AtomicBool,
 }
 
 // Structures of the kernel are passed by pointer alone.

@@ -154,8 +154,12 @@ impl Channels {
                     let (start, end) = share_of(index);
                     channel.retire();
                     items.fail(start, end);
-                    // SAFETY: `offload_copy` has not returned.
-                    items.each(start, end, |item, _, _| unsafe { shim::keep(item) });
+                    items.each(start, end, |item, _, _| {
+                        if !item.kept.swap(true, Ordering::Relaxed) {
+                            // SAFETY: `offload_copy` has not returned.
+                            unsafe { shim::keep(item) };
+                        }
+                    });
                 } else {
                     channel.failures(|at, end| items.fail(at, end));
                     channel.unmap();

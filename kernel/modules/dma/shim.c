@@ -3,8 +3,9 @@
  * What copy_dma.rs cannot say in Rust on 6.12: dmaengine's and the DMA mapping's
  * inline functions, module parameters, and the registration's structure.
  *
- * A channel has room for the transfers of one batch from when it is opened:
- * nothing is allocated while pages are migrated, which may be for reclaim.
+ * A channel has room for the transfers of one batch from when it is opened: what
+ * is allocated here while pages are migrated, which may be for reclaim, is only
+ * what the DMA mapping and the drivers do, without waiting for memory.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -34,6 +35,8 @@
 #define MOST_UNORDERED	512
 /* Long for a driver's tasklet, short for who waits for the migration. */
 #define FREEING_MS	20
+/* From a status that says that all is done to the last callback: as above. */
+#define TELLING_MS	20
 /*
  * Parts of folios in a channel's share of a batch: as many as a batch has folios
  * at most (NR_MAX_BATCHED_MIGRATION and one more), one that is cut, and those
@@ -427,15 +430,13 @@ size_t pf_submit(struct pf_channel *c, bool polled)
 		*copy = (struct copy) {
 			.channel = c, .at = c->at, .end = c->at + len,
 		};
-		if (!polled) {
-			tx->callback_result = transfer_done;
-			tx->callback_param = copy;
-			atomic_inc(&c->under_way);
-		}
+		/* Polled or not: some drivers tell nowhere else what failed. */
+		tx->callback_result = transfer_done;
+		tx->callback_param = copy;
+		atomic_inc(&c->under_way);
 		cookie = dmaengine_submit(tx);
 		if (dma_submit_error(cookie)) {
-			if (!polled)
-				atomic_dec(&c->under_way);
+			atomic_dec(&c->under_way);
 			break;
 		}
 		c->last = cookie;
@@ -480,8 +481,9 @@ static void all_told(struct pf_channel *c, bool failed)
  */
 int pf_wait(struct pf_channel *c, bool polled, unsigned int ms)
 {
-	ktime_t until = ktime_add_ms(ktime_get(), ms);
+	ktime_t now, until = ktime_add_ms(ktime_get(), ms);
 	enum dma_status status;
+	bool over = false;
 
 	polled &= !c->unordered;
 	if (c->copies == c->first)
@@ -489,30 +491,32 @@ int pf_wait(struct pf_channel *c, bool polled, unsigned int ms)
 	for (;;) {
 		unsigned long turn = msecs_to_jiffies(c->quiet ? 1 : 20);
 
-		if (!polled && wait_for_completion_timeout(&c->all_done, turn))
+		if (polled ? try_wait_for_completion(&c->all_done) :
+			     wait_for_completion_timeout(&c->all_done, turn))
 			return 0;
 		status = dma_async_is_tx_complete(c->chan, c->last, NULL, NULL);
-		if (polled && (status == DMA_COMPLETE || status == DMA_ERROR)) {
-			all_told(c, status == DMA_ERROR);
-			return 0;
+		now = ktime_get();
+		if (!over && (polled || c->quiet) &&
+		    (status == DMA_COMPLETE || status == DMA_ERROR)) {
+			/* A moment for the callbacks, which say which failed. */
+			over = true;
+			until = ktime_add_ms(now, TELLING_MS);
 		}
-		if (c->quiet && status == DMA_COMPLETE)
-			break;
-		if (ktime_after(ktime_get(), until))
+		if (ktime_after(now, until))
 			break;
 		if (polled)
 			cond_resched();
 	}
-	if (!c->quiet || status != DMA_COMPLETE)
+	if (!over)
 		atomic64_inc(&timeouts);
-	if (!polled && status == DMA_COMPLETE) {
+	if (over || status == DMA_COMPLETE) {
 		/*
-		 * The interrupt was lost, or there was none to come.  No
-		 * callback may come after this.
+		 * Interrupts were lost, or the driver calls nobody without one.
+		 * No callback may come after this.
 		 */
 		int ret = dmaengine_terminate_sync(c->chan);
 
-		all_told(c, false);
+		all_told(c, status != DMA_COMPLETE);
 		if (!ret)
 			return 0;
 	}

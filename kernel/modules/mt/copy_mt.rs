@@ -164,13 +164,13 @@ unsafe extern "C" fn help(work: *mut bindings::work_struct) {
     let helper = unsafe { kernel::container_of!(work, Helper, work) };
     // SAFETY: written before it was queued, and ours since.
     let batch = unsafe { Arc::from_raw(*(*helper).batch.get()) };
-    let mut began = shim::now_ns();
+    let mut began = shim::thread_ns();
     loop {
         let bytes = batch.chunk();
         if bytes == 0 {
             break;
         }
-        let now = shim::now_ns();
+        let now = shim::thread_ns();
         batch.helped.fetch_add(bytes, Ordering::Relaxed);
         batch.helper_ns.fetch_add(now.wrapping_sub(began), Ordering::Relaxed);
         began = now;
@@ -181,10 +181,15 @@ unsafe extern "C" fn help(work: *mut bindings::work_struct) {
     }
 }
 
-/// The CPUs of a node, in the order in which helpers are put on them.
-struct Cpus {
-    of_node: KVec<(u32, KVec<u32>)>,
+/// The CPUs of a node, in the order in which helpers are put on them, and of each its cache.
+struct Node {
+    number: u32,
+    cpus: KVec<u32>,
+    caches: KVec<u32>,
 }
+
+/// The CPUs of all nodes that have any.
+struct Cpus(KVec<Node>);
 
 impl Cpus {
     fn read() -> Result<Self> {
@@ -196,31 +201,31 @@ impl Cpus {
         }
         let [cpus, nodes, caches] = &mut lists;
         let count = shim::cpus(cpus, nodes, caches);
-        let mut of_node: KVec<(u32, KVec<u32>)> = KVec::new();
-        for node in nodes.iter().take(count) {
-            if of_node.iter().any(|(known, _)| known == node) {
+        let mut all: KVec<Node> = KVec::new();
+        for number in nodes.iter().take(count) {
+            if all.iter().any(|known| known.number == *number) {
                 continue;
             }
             let (mut mine, mut on) = (KVec::new(), KVec::new());
             let mut order = KVec::new();
-            for at in (0..count).filter(|at| nodes[*at] == *node) {
+            for at in (0..count).filter(|at| nodes[*at] == *number) {
                 mine.push(cpus[at], GFP_KERNEL)?;
                 on.push(caches[at], GFP_KERNEL)?;
                 order.push(0, GFP_KERNEL)?;
             }
             share::spread(&on, &mut order);
-            let mut spread = KVec::with_capacity(order.len(), GFP_KERNEL)?;
+            let (mut cpus, mut caches) = (KVec::new(), KVec::new());
             for place in &order {
-                spread.push(mine[*place], GFP_KERNEL)?;
+                cpus.push(mine[*place], GFP_KERNEL)?;
+                caches.push(on[*place], GFP_KERNEL)?;
             }
-            of_node.push((*node, spread), GFP_KERNEL)?;
+            all.push(Node { number: *number, cpus, caches }, GFP_KERNEL)?;
         }
-        Ok(Self { of_node })
+        Ok(Self(all))
     }
 
-    fn of(&self, node: c_int) -> &[u32] {
-        let found = self.of_node.iter().find(|(known, _)| *known as c_int == node);
-        found.map_or(&[], |(_, cpus)| cpus)
+    fn of(&self, node: c_int) -> Option<&Node> {
+        self.0.iter().find(|known| known.number as c_int == node)
     }
 }
 
@@ -241,18 +246,13 @@ impl State {
     /// CPUs for helpers of a batch: idle ones of the node, one a cache first.
     fn choose(&self, node: c_int, most: usize, chosen: &mut [u32; MOST_HELPERS]) -> usize {
         let cpus = self.cpus.lock().clone();
-        let cpus = cpus.of(node);
+        let Some(node) = cpus.of(node) else { return 0 };
         let turn = self.turn.fetch_add(most, Ordering::Relaxed);
-        let mut count = 0;
-        for index in 0..cpus.len() {
-            if count == most {
-                break;
-            }
-            let cpu = cpus[turn.wrapping_add(index) % cpus.len()];
-            if shim::is_idle(cpu) {
-                chosen[count] = cpu;
-                count += 1;
-            }
+        let mut places = [0; MOST_HELPERS];
+        let idle = |place: usize| shim::is_idle(node.cpus[place]);
+        let count = share::choose(&node.caches, turn, idle, &mut places[..most]);
+        for (cpu, place) in chosen.iter_mut().zip(&places[..count]) {
+            *cpu = node.cpus[*place];
         }
         count
     }

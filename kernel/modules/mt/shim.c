@@ -222,9 +222,9 @@ struct workqueue_struct *pf_queue(void)
 			       WQ_MAX_ACTIVE);
 }
 
-u64 pf_now_ns(void)
+u64 pf_thread_ns(void)
 {
-	return ktime_get_ns();
+	return migrate_offload_thread_ns();
 }
 
 int pf_register(void)
@@ -239,9 +239,19 @@ void pf_unregister(void)
 
 static int hotplug_state;
 
+/* When the change is over: only then is known which caches a CPU shares. */
+static void read_cpus(struct work_struct *unused)
+{
+	cpus_read_lock();
+	pageferry_mt_cpus_changed();
+	cpus_read_unlock();
+}
+
+static DECLARE_WORK(cpus_work, read_cpus);
+
 static int cpu_changed(unsigned int cpu)
 {
-	pageferry_mt_cpus_changed();
+	schedule_work(&cpus_work);
 	return 0;
 }
 
@@ -252,14 +262,15 @@ int pf_watch_cpus(void)
 						  cpu_changed);
 	if (hotplug_state < 0)
 		return hotplug_state;
-	/* Once, for those that are there; a change since has called it. */
-	pageferry_mt_cpus_changed();
+	/* Once, for those that came or went before. */
+	schedule_work(&cpus_work);
 	return 0;
 }
 
 void pf_ignore_cpus(void)
 {
 	cpuhp_remove_state_nocalls(hotplug_state);
+	cancel_work_sync(&cpus_work);
 }
 
 /* Measuring which side copies faster. */

@@ -35,7 +35,7 @@ bool pf_idle(unsigned int cpu);
 void pf_init_work(struct work_struct *work, void (*call)(struct work_struct *));
 void pf_init_completion(struct completion *completion);
 struct workqueue_struct *pf_queue(void);
-u64 pf_now_ns(void);
+u64 pf_thread_ns(void);
 int pf_register(void);
 void pf_unregister(void);
 int pf_watch_cpus(void);

@@ -46,7 +46,7 @@ extern "C" {
     /// `init_completion`.
     pub(crate) fn pf_init_completion(completion: *mut bindings::completion);
     fn pf_queue() -> *mut bindings::workqueue_struct;
-    fn pf_now_ns() -> u64;
+    fn pf_thread_ns() -> u64;
     fn pf_register() -> c_int;
     fn pf_unregister();
     fn pf_watch_cpus() -> c_int;
@@ -95,10 +95,10 @@ pub(crate) fn is_idle(cpu: u32) -> bool {
     unsafe { pf_idle(cpu) }
 }
 
-/// Time in nanoseconds since some beginning.
-pub(crate) fn now_ns() -> u64 {
-    // SAFETY: callable anywhere.
-    unsafe { pf_now_ns() }
+/// CPU time of this thread in nanoseconds.
+pub(crate) fn thread_ns() -> u64 {
+    // SAFETY: callable by any thread that may take a lock.
+    unsafe { pf_thread_ns() }
 }
 
 /// Counts a batch, and tells for whom the helpers worked.

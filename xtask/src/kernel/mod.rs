@@ -29,7 +29,7 @@ pub(crate) enum Kernel {
 /// The machines on which a kernel is tested, and what runs there: our modules' tests, and those of
 /// moving any process, which must not notice the difference.
 const MACHINES: [&str; 2] = ["two", "tier"];
-const SUITES: [&str; 3] = ["kernel_", "process_idle", "process_nodes"];
+const SUITES: [&str; 4] = ["kernel_", "process_idle", "process_kinds", "process_nodes"];
 
 #[derive(Debug, Args)]
 pub(crate) struct Which {
