@@ -6,6 +6,7 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/completion.h>
+#include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
 #include <linux/highmem.h>
 #include <linux/ktime.h>
@@ -170,8 +171,8 @@ int pf_nearest(int node)
 }
 
 /*
- * The CPUs that are online and meant for works, with their nodes, and of each the place of the first
- * that it shares its last-level cache with.
+ * The CPUs that are online and meant for works, with their nodes, and of each the
+ * place of the first that it shares its last-level cache with.
  */
 size_t pf_cpus(u32 *cpus, u32 *nodes, u32 *caches, size_t most)
 {
