@@ -9,17 +9,16 @@
 pub const CHUNKS_EACH: usize = 4;
 /// Smaller chunks cost more in claiming them than they save in waiting.
 pub const CHUNK_MIN: usize = 32 << 10;
-/// A unit that chunks consist of: the smallest page there is.
-const PAGE: usize = 4096;
-
-/// Bytes that one claim takes of a batch of `bytes` which `copiers` work on: whole pages, at
-/// most `most` (at least a page), so that many small folios are spread and few big ones split.
-pub const fn chunk(bytes: usize, copiers: usize, most: usize) -> usize {
+/// Bytes that one claim takes of a batch of `bytes` which `copiers` work on: whole pages of `page`
+/// bytes (not 0), at most `most` and at least a page, so that many small folios are spread and few
+/// big ones split.
+pub const fn chunk(bytes: usize, copiers: usize, most: usize, page: usize) -> usize {
     let copiers = if copiers == 0 { 1 } else { copiers };
     let share = bytes.div_ceil(copiers.saturating_mul(CHUNKS_EACH));
-    let floor = if CHUNK_MIN < most { CHUNK_MIN } else { most };
-    let share = if share > most { most } else { share.next_multiple_of(PAGE) };
-    if share < floor { floor } else { share }
+    let share = if share < CHUNK_MIN { CHUNK_MIN } else { share };
+    let share = if share > most { most } else { share.next_multiple_of(page) };
+    let pages = if share > most { most / page } else { share / page };
+    if pages == 0 { page } else { pages * page }
 }
 
 /// How many helpers (CPUs, DMA channels) a batch of `bytes` is worth beside the one that has it:
@@ -106,15 +105,16 @@ mod tests {
     proptest! {
         #[test]
         fn chunks_are_whole_pages_within_bounds(
-            bytes in 0_usize..1 << 40, copiers in 0_usize..300, most in 1_usize..1 << 18,
+            bytes in 0_usize..1 << 40, copiers in 0_usize..300, most in 1_usize..1 << 30,
+            page in prop::sample::select(vec![4096_usize, 16 << 10, 64 << 10]),
         ) {
-            let most = most * PAGE;
-            let chunk = chunk(bytes, copiers, most);
-            prop_assert!(chunk > 0 && chunk <= most && chunk.is_multiple_of(PAGE));
-            prop_assert!(chunk >= CHUNK_MIN.min(most));
+            let chunk = chunk(bytes, copiers, most, page);
+            prop_assert!(chunk >= page && chunk <= most.max(page) && chunk.is_multiple_of(page));
+            prop_assert!(chunk >= CHUNK_MIN.min(most / page * page));
             // Nobody waits for more than a quarter of a share, or the smallest chunk.
             let share = bytes / copiers.max(1);
-            prop_assert!(chunk <= (share / CHUNKS_EACH + PAGE).next_multiple_of(PAGE).max(CHUNK_MIN));
+            let smallest = CHUNK_MIN.next_multiple_of(page);
+            prop_assert!(chunk <= (share / CHUNKS_EACH + page).next_multiple_of(page).max(smallest));
         }
 
         #[test]

@@ -9,7 +9,6 @@
 #include <linux/kasan-enabled.h>
 #include <linux/migrate.h>
 #include <linux/mm.h>
-#include <linux/sched.h>
 #ifdef CONFIG_ARM64_MTE
 #include <asm/mte.h>
 #endif
@@ -26,8 +25,6 @@ struct pf_item {
 size_t pf_items(struct list_head *dsts, struct list_head *srcs,
 		struct pf_item *out, size_t most, size_t *bytes);
 void pf_mark(struct folio *dst);
-unsigned int pf_leave_reserves(void);
-void pf_back_to_reserves(unsigned int flags);
 
 /*
  * Whether it has more than bytes: allocation tags, which copy_highpage() copies
@@ -73,24 +70,6 @@ size_t pf_items(struct list_head *dsts, struct list_head *srcs,
 void pf_mark(struct folio *dst)
 {
 	folio_set_content_copied(dst);
-}
-
-/*
- * Reclaim, which migrates too, may use the last memory there is (PF_MEMALLOC).
- * A copy that can be left to the kernel must not: as __GFP_NOMEMALLOC, which
- * Rust's allocations do not know in 6.12.
- */
-unsigned int pf_leave_reserves(void)
-{
-	unsigned int flags = current->flags;
-
-	current->flags &= ~PF_MEMALLOC;
-	return flags;
-}
-
-void pf_back_to_reserves(unsigned int flags)
-{
-	current_restore_flags(flags, PF_MEMALLOC);
 }
 
 #endif

@@ -5,7 +5,6 @@
 //! What always holds: an item's folios are of the same size, locked and held by the migration until
 //! `offload_copy` returns; `start` ascends, and an item ends where the next begins.
 
-use core::ffi::c_uint;
 use core::sync::atomic::{AtomicBool, Ordering};
 use kernel::alloc::flags::GFP_NOWAIT;
 use kernel::bindings;
@@ -38,18 +37,6 @@ extern "C" {
         bytes: *mut usize,
     ) -> usize;
     fn pf_mark(dst: *mut bindings::folio);
-    fn pf_leave_reserves() -> c_uint;
-    fn pf_back_to_reserves(flags: c_uint);
-}
-
-/// Calls `allocate`, which has none of the memory that is kept for reclaim.
-pub(crate) fn sparing<T>(allocate: impl FnOnce() -> T) -> T {
-    // SAFETY: changes a flag of this task's own, and puts it back.
-    let flags = unsafe { pf_leave_reserves() };
-    let allocated = allocate();
-    // SAFETY: as above.
-    unsafe { pf_back_to_reserves(flags) };
-    allocated
 }
 
 /// A batch's folios.
@@ -69,7 +56,7 @@ impl Items {
         srcs: *mut bindings::list_head,
         folios: usize,
     ) -> Result<Self> {
-        let mut list = sparing(|| KVec::<Item>::with_capacity(folios, GFP_NOWAIT))?;
+        let mut list = KVec::<Item>::with_capacity(folios, GFP_NOWAIT)?;
         let mut bytes = 0;
         // SAFETY: the vector has room for so many items, of which the call fills as many as it
         // says; it reads the lists as promised.

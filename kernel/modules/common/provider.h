@@ -21,9 +21,26 @@ static int provider_copy(struct list_head *dsts, struct list_head *srcs,
 /* Smaller batches are not worth it. */
 static unsigned long provider_min_bytes(void);
 
+/*
+ * Reclaim, which migrates too, may use the last memory there is (PF_MEMALLOC).
+ * A copy that can be left to the kernel must not, nor what drivers allocate for
+ * it: as __GFP_NOMEMALLOC would say.
+ */
+static int provider_offload(struct list_head *dsts, struct list_head *srcs,
+			    unsigned int folios)
+{
+	unsigned int flags = current->flags;
+	int ret;
+
+	current->flags &= ~PF_MEMALLOC;
+	ret = provider_copy(dsts, srcs, folios);
+	current_restore_flags(flags, PF_MEMALLOC);
+	return ret;
+}
+
 static const struct migrator provider = {
 	.name = KBUILD_MODNAME,
-	.offload_copy = provider_copy,
+	.offload_copy = provider_offload,
 	.owner = THIS_MODULE,
 };
 

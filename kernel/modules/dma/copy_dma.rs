@@ -125,6 +125,7 @@ impl Channels {
         };
         // What each has not been asked for yet; `None`: it is not at work.
         let mut left = [None; MOST_CHANNELS];
+        let mut was_late = false;
         for (index, channel) in channels.iter().flatten().enumerate() {
             let (start, end) = share_of(index);
             let mapped = channel.map(items, start, end);
@@ -149,6 +150,7 @@ impl Channels {
                 }
                 left[index] = None;
                 if late {
+                    was_late = true;
                     // Its share stays mapped, and so is not ours to use, whatever of it was copied:
                     // caches and bounce buffers are put right when a mapping ends.
                     let (start, end) = share_of(index);
@@ -167,7 +169,10 @@ impl Channels {
                 laps.end(Part::Unmap);
             }
         }
-        if settings.verify {
+        if was_late {
+            // So much later, copies are better made anew: the less can have happened to their sources.
+            items.fail(0, items.bytes);
+        } else if settings.verify {
             for (index, channel) in channels.iter().flatten().enumerate() {
                 let (start, end) = share_of(index);
                 items.each(start, end, |item, from, bytes| channel.verify(item, from, bytes));

@@ -482,8 +482,12 @@ static void all_told(struct pf_channel *c, bool failed)
 int pf_wait(struct pf_channel *c, bool polled, unsigned int ms)
 {
 	ktime_t now, until = ktime_add_ms(ktime_get(), ms);
+	struct dma_device *device = c->chan->device;
 	enum dma_status status;
 	bool over = false;
+	/* Whether it can be made sure that no callback comes any more. */
+	bool can_end = device->device_terminate_all &&
+		       device->device_synchronize;
 
 	polled &= !c->unordered;
 	if (c->copies == c->first)
@@ -500,25 +504,25 @@ int pf_wait(struct pf_channel *c, bool polled, unsigned int ms)
 		    (status == DMA_COMPLETE || status == DMA_ERROR)) {
 			/* A moment for the callbacks, which say which failed. */
 			over = true;
-			until = ktime_add_ms(now, TELLING_MS);
+			if (can_end)
+				until = ktime_add_ms(now, TELLING_MS);
 		}
 		if (ktime_after(now, until))
 			break;
 		if (polled)
 			cond_resched();
 	}
-	if (!over)
+	if (!over || !can_end)
 		atomic64_inc(&timeouts);
-	if (over || status == DMA_COMPLETE) {
-		/*
-		 * Interrupts were lost, or the driver calls nobody without one.
-		 * No callback may come after this.
-		 */
-		int ret = dmaengine_terminate_sync(c->chan);
-
+	/*
+	 * Interrupts were lost, or the driver calls nobody without one.  No
+	 * callback may come after this, which would be taken for one of the next
+	 * round's.
+	 */
+	if ((over || status == DMA_COMPLETE) && can_end &&
+	    !dmaengine_terminate_sync(c->chan)) {
 		all_told(c, status != DMA_COMPLETE);
-		if (!ret)
-			return 0;
+		return 0;
 	}
 	return -ETIMEDOUT;
 }
@@ -637,9 +641,11 @@ void pf_keep(struct folio *dst, struct folio *src)
 void pf_release_kept(void)
 {
 	for (;;) {
-		flush_delayed_work(&release_work);
+		/* Then nobody but us has the list. */
+		cancel_delayed_work_sync(&release_work);
 		if (list_empty(&kept_list))
 			return;
+		schedule_delayed_work(&release_work, 0);
 		msleep(20);
 	}
 }

@@ -93,7 +93,7 @@ impl Batch {
     ) -> Result<Arc<Self>> {
         // SAFETY: as promised to us.
         let items = unsafe { Items::take(dsts, srcs, folios)? };
-        let batch = items::sparing(|| UniqueArc::<Self>::new_uninit(GFP_NOWAIT))?;
+        let batch = UniqueArc::<Self>::new_uninit(GFP_NOWAIT)?;
         let batch = batch.write(Self {
             items,
             chunk: AtomicUsize::new(CHUNK),
@@ -290,7 +290,8 @@ impl State {
         let most = share::helpers(batch.items.bytes, MOST_HELPERS, settings.helpers as usize, least);
         let mut chosen = [0; MOST_HELPERS];
         let count = if most == 0 { 0 } else { self.choose(node, most, &mut chosen) };
-        batch.chunk.store(share::chunk(batch.items.bytes, count + 1, CHUNK), Ordering::Relaxed);
+        let chunk = share::chunk(batch.items.bytes, count + 1, CHUNK, PAGE_SIZE);
+        batch.chunk.store(chunk, Ordering::Relaxed);
         self.ask(&batch, &chosen[..count]);
 
         let mut last = false;

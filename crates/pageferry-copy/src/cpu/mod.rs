@@ -47,6 +47,8 @@ use pool::{Service, WorkerPool};
 
 /// Batches that wait in the queue at most. A conductor keeps two or three in flight.
 const QUEUE_DEPTH: usize = 64;
+/// Bytes of the smallest page that any architecture has: what claims are multiples of.
+const SMALLEST_PAGE: usize = 4096;
 /// Largest chunk in bytes. Measured on two Zen 4 cores with 2 MiB batches, chunks of 64 to
 /// 512 KiB are alike within the noise and 16 KiB costs a tenth to a quarter; with larger chunks
 /// one copier waits longer for the other's last.
@@ -249,7 +251,7 @@ impl Queue {
 
     /// Bytes that one claim takes of a batch of `bytes`.
     fn chunk_for(&self, bytes: usize) -> usize {
-        share::chunk(bytes, self.copiers, self.chunk)
+        share::chunk(bytes, self.copiers, self.chunk, SMALLEST_PAGE)
     }
 
     /// Claims and copies one chunk; false if all are claimed.

@@ -3,8 +3,8 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
-use pageferry_sys::page_size;
 use pageferry_sys::usage::move_pages;
+use pageferry_sys::{Errno, page_size};
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -302,11 +302,15 @@ impl Memory {
 
     /// `move_pages(2)` of all of it; the status of each folio.
     pub fn move_to(&self, node: i32) -> Vec<i32> {
+        self.try_move_to(node).expect("move_pages")
+    }
+
+    /// As above; the error if it ended early.
+    pub fn try_move_to(&self, node: i32) -> Result<Vec<i32>, Errno> {
         let pages = self.folios();
         let mut status = vec![i32::MIN; pages.len()];
-        let left = move_pages(&pages, &vec![node; pages.len()], &mut status);
-        left.expect("move_pages");
-        status
+        move_pages(&pages, &vec![node; pages.len()], &mut status)?;
+        Ok(status)
     }
 
     /// As above; panics if a folio did not move.
