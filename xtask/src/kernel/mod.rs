@@ -29,7 +29,14 @@ pub(crate) enum Kernel {
 /// The machines on which a kernel is tested, and what runs there: our modules' tests, and those of
 /// moving any process, which must not notice the difference.
 const MACHINES: [&str; 2] = ["two", "tier"];
-const SUITES: [&str; 4] = ["kernel_", "process_idle", "process_kinds", "process_nodes"];
+const SUITES: [&str; 6] = [
+    "kernel_",
+    "process_idle",
+    "process_kinds_hugetlb",
+    "process_kinds_life",
+    "process_kinds_pages",
+    "process_nodes",
+];
 
 #[derive(Debug, Args)]
 pub(crate) struct Which {
