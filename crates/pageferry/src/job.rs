@@ -133,9 +133,10 @@ impl Job {
                 for gap in pageferry_sys::mm::gaps(block.clone())? {
                     self.ctx.flights.note_unmapped(gap);
                 }
-                // Whatever came in between is registered now.
-                self.register(block, modes)?;
             }
+            // Whatever came in between is registered now: also what was unmapped before the first
+            // time, of which no event tells, and mapped anew before the look.
+            self.register(block, modes)?;
         }
         let workers = self.cpu.worker_cpu_time();
         let wish =
