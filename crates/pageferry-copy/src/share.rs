@@ -9,16 +9,16 @@
 pub const CHUNKS_EACH: usize = 4;
 /// Smaller chunks cost more in claiming them than they save in waiting.
 pub const CHUNK_MIN: usize = 32 << 10;
+
 /// Bytes that one claim takes of a batch of `bytes` which `copiers` work on: whole pages of `page`
 /// bytes (not 0), at most `most` and at least a page, so that many small folios are spread and few
 /// big ones split.
 pub const fn chunk(bytes: usize, copiers: usize, most: usize, page: usize) -> usize {
     let copiers = if copiers == 0 { 1 } else { copiers };
     let share = bytes.div_ceil(copiers.saturating_mul(CHUNKS_EACH));
-    let share = if share < CHUNK_MIN { CHUNK_MIN } else { share };
-    let share = if share > most { most } else { share.next_multiple_of(page) };
-    let pages = if share > most { most / page } else { share / page };
-    if pages == 0 { page } else { pages * page }
+    let share = if share < CHUNK_MIN { CHUNK_MIN } else { share }.next_multiple_of(page);
+    let most = if most < page { page } else { most - most % page };
+    if share < most { share } else { most }
 }
 
 /// How many helpers (CPUs, DMA channels) a batch of `bytes` is worth beside the one that has it:

@@ -126,23 +126,34 @@ fn every_reason_to_migrate_may_be_left_out() {
     assert!(there_and_back(&memory) > 0);
 }
 
-/// The setting for transparent huge pages of one size; put back when this is dropped.
-struct Size {
+/// A setting of the machine; put back when this is dropped.
+struct Setting {
     file: String,
-    before: &'static str,
+    before: String,
 }
 
-impl Size {
-    fn set(bytes: usize, value: &str, before: &'static str) -> Self {
+impl Setting {
+    /// For transparent huge pages of one size.
+    fn thp(bytes: usize, value: &str, before: &str) -> Self {
         let file = format!("{THP}/hugepages-{}kB/enabled", bytes >> 10);
         fs::write(&file, value).unwrap_or_else(|error| panic!("{file}: {error}"));
+        Self { file, before: before.to_owned() }
+    }
+
+    /// The number of huge pages that a node has for hugetlb.
+    fn hugetlb(node: u32, pages: &str) -> Self {
+        let file =
+            format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages");
+        let before = fs::read_to_string(&file).expect("sysfs").trim().to_owned();
+        fs::write(&file, pages).expect("sysfs");
+        assert_eq!(fs::read_to_string(&file).expect("sysfs").trim(), pages);
         Self { file, before }
     }
 }
 
-impl Drop for Size {
+impl Drop for Setting {
     fn drop(&mut self) {
-        fs::write(&self.file, self.before).expect("as before");
+        fs::write(&self.file, &self.before).expect("as before");
     }
 }
 
@@ -159,9 +170,9 @@ fn folios_of_every_size_are_copied_whole() {
     }
     let _module = Module::load(MT, &["least_kib=4"]);
     // The default of the largest, Documentation/admin-guide/mm/transhuge.rst.
-    let _none = Size::set(HUGE, "never", "inherit");
+    let _none = Setting::thp(HUGE, "never", "inherit");
     for folio in [16 << 10, 64 << 10, 256 << 10, MIB] {
-        let _size = Size::set(folio, "madvise", "never");
+        let _size = Setting::thp(folio, "madvise", "never");
         let before = vmstat("pgmigrate_offload_success");
         // New folios each time: migration unmaps them page by page, for which Linux 6.12 (with "mm:
         // migrate: requeue destination folio on deferred split queue") takes them for partially
@@ -192,37 +203,14 @@ fn pages_of_hugetlb_move_as_ever() {
     assert_eq!(there_and_back(&Memory::new(Kind::HugeTlb, 2 * HUGE)), 0);
 }
 
-/// The number of huge pages that a node has for hugetlb; as before when this is dropped.
-struct Pool {
-    file: String,
-    before: String,
-}
-
-impl Pool {
-    fn set(node: u32, pages: &str) -> Self {
-        let file =
-            format!("/sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages");
-        let before = fs::read_to_string(&file).expect("sysfs").trim().to_owned();
-        fs::write(&file, pages).expect("sysfs");
-        assert_eq!(fs::read_to_string(&file).expect("sysfs").trim(), pages);
-        Self { file, before }
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        fs::write(&self.file, &self.before).expect("as before");
-    }
-}
-
 #[test]
 fn pages_of_hugetlb_for_which_the_other_node_has_none_ready_keep_their_content() {
     if !here() {
         return;
     }
     // Linux then makes a page for the move, and marks it as such where others have our mark.
-    let _here = Pool::set(0, "4");
-    let _there = Pool::set(1, "0");
+    let _here = Setting::hugetlb(0, "4");
+    let _there = Setting::hugetlb(1, "0");
     for with_module in [false, true] {
         let _module = with_module.then(Module::best);
         let memory = Memory::new(Kind::HugeTlb, 2 * HUGE);
