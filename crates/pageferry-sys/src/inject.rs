@@ -1,9 +1,11 @@
 //! Fault injection: a [`Sys`] that fails chosen calls. A test part; nothing else uses it.
 
+use crate::maps::Maps;
 use crate::mm::Advice;
 use crate::pagemap::{Categories, Pagemap, Run};
 use crate::uffd::{Features, Modes, Progress, RawMsg, Rights, Uffd};
 use crate::{Errno, Linux, Sys, SysOp};
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Which calls of one kind fail, and how.
@@ -161,9 +163,13 @@ impl Sys for Faulty {
         // SAFETY: the same promise.
         unsafe { Linux.advise(start, len, advice) }
     }
-    fn is_mapped(&self, start: usize, len: usize) -> Result<bool, Errno> {
-        self.plain(SysOp::IsMapped)?;
-        Linux.is_mapped(start, len)
+    fn is_registered(&self, fd: &Uffd, start: usize, len: usize) -> Result<bool, Errno> {
+        self.plain(SysOp::IsRegistered)?;
+        Linux.is_registered(fd, start, len)
+    }
+    fn mappings(&self, maps: &Maps, range: Range<usize>) -> Result<Vec<Range<usize>>, Errno> {
+        self.plain(SysOp::Mappings)?;
+        Linux.mappings(maps, range)
     }
     fn prefer_node(&self, start: usize, len: usize, node: u32) -> Result<(), Errno> {
         self.plain(SysOp::PreferNode)?;

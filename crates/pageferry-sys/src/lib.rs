@@ -18,6 +18,7 @@ mod errno;
 pub mod fork;
 pub mod idle;
 pub mod inject;
+pub mod maps;
 pub mod mm;
 pub mod pagemap;
 pub mod peer;

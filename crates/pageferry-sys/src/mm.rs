@@ -4,11 +4,13 @@
 //! `move_pages(2)`, `madvise(2)`.
 
 use crate::Errno;
-use std::ops::Range;
 
 /// Advice to the kernel about a range; a closed list, so that a test can fail each of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
+    /// `MADV_NORMAL`: takes the lock of the address space for writing, and changes nothing where no
+    /// other access pattern was told.
+    Normal,
     /// `MADV_HUGEPAGE`.
     HugePage,
     /// `MADV_NOHUGEPAGE`.
@@ -26,6 +28,7 @@ pub enum Advice {
 impl Advice {
     fn raw(self) -> i32 {
         match self {
+            Self::Normal => libc::MADV_NORMAL,
             Self::HugePage => libc::MADV_HUGEPAGE,
             Self::NoHugePage => libc::MADV_NOHUGEPAGE,
             Self::DontNeed => libc::MADV_DONTNEED,
@@ -132,48 +135,6 @@ pub(crate) unsafe fn advise(start: usize, len: usize, advice: Advice) -> Result<
     Errno::result(ret.into()).map(drop)
 }
 
-/// Whether every page of the range is mapped. `msync(MS_ASYNC)` tells (`ENOMEM` if not), does
-/// nothing else to anonymous memory, and looks at mappings, not at pages.
-pub(crate) fn is_mapped(start: usize, len: usize) -> Result<bool, Errno> {
-    // SAFETY: MS_ASYNC changes nothing.
-    let ret = unsafe { libc::msync(std::ptr::without_provenance_mut(start), len, libc::MS_ASYNC) };
-    match Errno::result(ret.into()) {
-        Ok(_) => Ok(true),
-        Err(Errno(libc::ENOMEM)) => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
-/// The parts of a range that nothing is mapped at, as `/proc/self/maps` has it.
-///
-/// # Errors
-/// What reading says.
-pub fn gaps(range: Range<usize>) -> Result<Vec<Range<usize>>, Errno> {
-    let text = std::fs::read_to_string("/proc/self/maps")
-        .map_err(|e| Errno(e.raw_os_error().unwrap_or(libc::EIO)))?;
-    Ok(gaps_in(&text, range))
-}
-
-/// The gaps of a range in the text of a maps file, whose lines are in ascending order.
-fn gaps_in(maps: &str, range: Range<usize>) -> Vec<Range<usize>> {
-    let mut gaps = Vec::new();
-    let mut at = range.start;
-    let mappings = maps.lines().filter_map(|line| {
-        let (start, end) = line.split(' ').next()?.split_once('-')?;
-        Some((usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?))
-    });
-    for (start, end) in mappings.filter(|(start, end)| *end > range.start && *start < range.end) {
-        if start > at {
-            gaps.push(at..start);
-        }
-        at = at.max(end);
-    }
-    if at < range.end {
-        gaps.push(at..range.end);
-    }
-    gaps
-}
-
 /// `mbind(MPOL_PREFERRED)`: pages of the range are allocated on `node` while it has any.
 pub(crate) fn prefer_node(start: usize, len: usize, node: u32) -> Result<(), Errno> {
     let mask = mask_of(node)?;
@@ -259,7 +220,6 @@ pub(crate) fn page_nodes(pages: &[usize], status: &mut [i32]) -> Result<(), Errn
 }
 
 #[cfg(test)]
-#[allow(clippy::single_range_in_vec_init, reason = "one gap is a list of gaps")]
 mod tests {
     use super::*;
 
@@ -279,27 +239,5 @@ mod tests {
         assert_eq!(name(start, len, c"[no]"), Err(Errno(libc::EINVAL)));
         // SAFETY: mapped above.
         unsafe { unmap(start, len) }.expect("mapped");
-    }
-
-    #[test]
-    fn gaps_are_what_no_mapping_covers() {
-        let maps = "1000-3000 rw-p 0 0\n4000-5000 r--p 0 0 [heap]\n5000-6000 rw-p 0 0\n";
-        assert_eq!(gaps_in(maps, 0x1000..0x3000), []);
-        assert_eq!(gaps_in(maps, 0x2000..0x5000), [0x3000..0x4000]);
-        assert_eq!(gaps_in(maps, 0x0..0x8000), [0x0..0x1000, 0x3000..0x4000, 0x6000..0x8000]);
-        assert_eq!(gaps_in("", 0x0..0x1000), [0x0..0x1000]);
-    }
-
-    #[test]
-    fn what_was_unmapped_is_not_mapped() {
-        let page = crate::page_size();
-        let start = map(4 * page, page).expect("four pages");
-        assert_eq!(is_mapped(start, 4 * page), Ok(true));
-        // SAFETY: mapped above, used by nobody.
-        unsafe { unmap(start + page, page) }.expect("ours");
-        assert_eq!(is_mapped(start, 4 * page), Ok(false));
-        assert_eq!(gaps(start..start + 4 * page), Ok(vec![start + page..start + 2 * page]));
-        // SAFETY: as above.
-        unsafe { unmap(start, 4 * page) }.expect("ours");
     }
 }

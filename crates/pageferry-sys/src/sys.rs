@@ -1,9 +1,11 @@
 //! The seam: every call that a migration makes, as one trait.
 
 use crate::Errno;
+use crate::maps::Maps;
 use crate::mm::{self, Advice};
 use crate::pagemap::{Categories, Pagemap, Run};
 use crate::uffd::{Features, Modes, Progress, RawMsg, Rights, Uffd};
+use std::ops::Range;
 
 /// Names of the calls behind [`Sys`], for fault injection and reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +26,8 @@ pub enum SysOp {
     MapOver,
     Unmap,
     Advise(Advice),
-    IsMapped,
+    IsRegistered,
+    Mappings,
     PreferNode,
     PageNodes,
     Scan,
@@ -114,9 +117,14 @@ pub trait Sys: Send + Sync + std::fmt::Debug {
         // SAFETY: promised by the caller.
         unsafe { mm::advise(start, len, advice) }
     }
-    /// Whether every page of the range is mapped (`msync(2)` with `MS_ASYNC`).
-    fn is_mapped(&self, start: usize, len: usize) -> Result<bool, Errno> {
-        mm::is_mapped(start, len)
+    /// Whether one registered mapping covers the range at this moment (`UFFDIO_CONTINUE`).
+    /// `EAGAIN`: an event waits to be read, ask again.
+    fn is_registered(&self, fd: &Uffd, start: usize, len: usize) -> Result<bool, Errno> {
+        fd.is_registered(start, len)
+    }
+    /// The mappings that overlap a range, whole (`PROCMAP_QUERY`).
+    fn mappings(&self, maps: &Maps, range: Range<usize>) -> Result<Vec<Range<usize>>, Errno> {
+        maps.within(range)
     }
     /// `mbind(2)` with `MPOL_PREFERRED`.
     fn prefer_node(&self, start: usize, len: usize, node: u32) -> Result<(), Errno> {

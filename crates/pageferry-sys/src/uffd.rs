@@ -6,6 +6,7 @@
 
 use crate::Errno;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 bitflags::bitflags! {
     /// What a userfaultfd is asked to deliver, or offers (`UFFD_FEATURE_*`).
@@ -55,6 +56,7 @@ const UFFDIO_COPY: u64 = iowr(0x03, size_of::<UffdioCopy>());
 const UFFDIO_ZEROPAGE: u64 = iowr(0x04, size_of::<UffdioZeropage>());
 const UFFDIO_MOVE: u64 = iowr(0x05, size_of::<UffdioMove>());
 const UFFDIO_WRITEPROTECT: u64 = iowr(0x06, size_of::<UffdioWriteprotect>());
+const UFFDIO_CONTINUE: u64 = iowr(0x07, size_of::<UffdioZeropage>());
 const UFFDIO_POISON: u64 = iowr(0x08, size_of::<UffdioZeropage>());
 /// `USERFAULTFD_IOC_NEW` of `/dev/userfaultfd`: `_IO(0xAA, 0x00)`.
 const USERFAULTFD_IOC_NEW: u64 = UFFD_API << 8;
@@ -86,7 +88,8 @@ struct UffdioCopy {
     mode: u64,
     copy: i64,
 }
-/// `struct uffdio_zeropage`; `struct uffdio_poison` has the same layout.
+/// `struct uffdio_zeropage`; `struct uffdio_continue` and `struct uffdio_poison` have the same
+/// layout.
 #[repr(C)]
 struct UffdioZeropage {
     range: UffdioRange,
@@ -332,6 +335,23 @@ impl Uffd {
         Progress::new(ret, arg.zeropage, len)
     }
 
+    /// Whether one registered mapping covers the whole range at this moment.
+    ///
+    /// `UFFDIO_CONTINUE` (5.13) tells, because on anonymous memory it never does anything else: it
+    /// looks the mapping up under its lock, says `ENOENT` where none covers the range or it is not
+    /// registered, and refuses what is not shared memory with `EINVAL` after that
+    /// (`mfill_atomic` in mm/userfaultfd.c).
+    pub(crate) fn is_registered(&self, start: usize, len: usize) -> Result<bool, Errno> {
+        let range = UffdioRange { start: start as u64, len: len as u64 };
+        let mut arg = UffdioZeropage { range, mode: 0, zeropage: 0 };
+        match self.ioctl(UFFDIO_CONTINUE, &mut arg) {
+            // But for EINVAL: shared memory, registered.
+            Ok(()) | Err(Errno(libc::EINVAL | libc::EEXIST | libc::EFAULT)) => Ok(true),
+            Err(Errno(libc::ENOENT)) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
     pub(crate) fn read(&self, buffer: &mut [RawMsg]) -> Result<usize, Errno> {
         let bytes = size_of_val(buffer);
         // SAFETY: the buffer is writable for `bytes`, and any bytes are a valid RawMsg.
@@ -340,21 +360,41 @@ impl Uffd {
     }
 }
 
-/// Waits until `fd` has a message or `stop` (an eventfd) was written; false for the latter.
+/// What [`wait_readable`] waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// There is a message.
+    Message,
+    /// The signal to stop was raised.
+    Stop,
+    /// The time has passed.
+    Timeout,
+}
+
+/// Waits until `fd` has a message, `stop` (an eventfd) was written, or `timeout` has passed
+/// (`None`: for ever).
 ///
 /// # Errors
-/// What `poll(2)` says, `EINTR` left out.
-pub fn wait_readable(fd: &Uffd, stop: RawFd) -> Result<bool, Errno> {
+/// What `ppoll(2)` says, `EINTR` left out.
+pub fn wait_readable(fd: &Uffd, stop: RawFd, timeout: Option<Duration>) -> Result<Woken, Errno> {
     let events = libc::POLLIN;
     let mut fds = [
         libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 },
         libc::pollfd { fd: stop, events, revents: 0 },
     ];
+    let timeout = timeout.map(|t| libc::timespec {
+        tv_sec: libc::time_t::try_from(t.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: t.subsec_nanos().into(),
+    });
+    let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     loop {
-        // SAFETY: poll reads and writes the two entries it is given.
-        let ret = unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+        // SAFETY: ppoll reads and writes the two entries it is given, and reads the timeout, which
+        // outlives the call; without a mask it leaves the signals alone.
+        let ret = unsafe { libc::ppoll(fds.as_mut_ptr(), 2, timeout, std::ptr::null()) };
         match Errno::result(ret.into()) {
-            Ok(_) => return Ok(fds[1].revents == 0),
+            Ok(0) => return Ok(Woken::Timeout),
+            Ok(_) if fds[1].revents != 0 => return Ok(Woken::Stop),
+            Ok(_) => return Ok(Woken::Message),
             Err(Errno(libc::EINTR)) => {}
             Err(e) => return Err(e),
         }

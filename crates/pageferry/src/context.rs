@@ -6,6 +6,7 @@ use crate::pool::Pools;
 use pageferry_copy::CopyBatch;
 use pageferry_sys::Sys;
 use pageferry_sys::fork::Quiesce;
+use pageferry_sys::maps::Maps;
 use pageferry_sys::pagemap::{Entry, Pagemap};
 use pageferry_sys::uffd::{Progress, Uffd};
 use pageferry_sys::{Errno, page_size};
@@ -27,6 +28,10 @@ pub(crate) struct Context {
     pub(crate) pools: Pools,
     pub(crate) flights: Flights,
     pub(crate) pagemap: Pagemap,
+    pub(crate) maps: Maps,
+    /// Held while something is registered or unregistered, so that what one move unregisters is
+    /// not what another registers. Taken before the gate and every other lock of a move.
+    pub(crate) registering: Mutex<()>,
     /// What `PAGEMAP_SCAN` can tell here about a page (guard markers: since 6.15).
     pub(crate) tells: AtomicU64,
     /// Lists of copies that no batch uses now.

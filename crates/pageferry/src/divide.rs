@@ -5,7 +5,7 @@
 //! the caller take whole batches through all the steps, each for itself. What they share is the
 //! planner (a short lock a batch) and a few counters.
 
-use crate::berth::Berth;
+use crate::berth::{Announced, Berth};
 use crate::engine::usable_cpus;
 use crate::job::{Frames, Job};
 use crate::plan::{Planner, Segment};
@@ -24,8 +24,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-/// An engine that has not finished a batch by then never will; the pages go back where they were.
-const ENGINE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Naps after which an engine that has not finished a batch never will (10 s); the pages go back
+/// where they were. Counted, not timed: while the process is stopped nobody naps, and an engine may
+/// be stopped, too.
+pub(crate) const ENGINE_NAPS: u32 = 2000;
 /// From this stall budget on, a batch for which no frame is at rest is allocated and copied by the
 /// kernel: 1 us a page, where zeroing fresh frames and copying takes 2 us; but all of it in the
 /// hole (measured on Zen 4, Linux 6.18: 512 pages in 0.5 ms).
@@ -34,7 +36,7 @@ const KERNEL_COPY_BUDGET: Duration = Duration::from_millis(1);
 /// than it saves (512 KiB broke even on Zen 4).
 const ALONE: u64 = 256 << 10;
 /// Waiting for a copy sleeps this long at most before it looks again.
-const NAP: Duration = Duration::from_millis(5);
+pub(crate) const NAP: Duration = Duration::from_millis(5);
 
 /// State of one run of a job.
 pub(crate) struct Running<'j> {
@@ -58,6 +60,18 @@ struct Launched {
     detach: Duration,
     /// The CPU copies it, not an engine that may break.
     with_cpu: bool,
+    /// An engine has it; else it is copied already, or the kernel will copy it.
+    handed: bool,
+}
+
+/// What became of a batch that was to begin.
+enum Begun {
+    /// It is in the air.
+    Flying(Order),
+    /// None of it can be moved now: it is accounted for.
+    Refused,
+    /// There is no room for it while others of this thread are in the air: it was given back.
+    Full,
 }
 
 impl Running<'_> {
@@ -150,12 +164,18 @@ impl Running<'_> {
         self.engine_panicked.store(true, Ordering::Relaxed);
     }
 
-    fn source(&self) -> Source {
-        if self.job.frames == Frames::Recycled { Source::Any } else { Source::FreshOnly }
+    fn source(&self) -> Source<'_> {
+        self.job.recycled.as_deref().map_or(Source::Fresh, Source::Recycled)
     }
 
     fn choose(&self, size: FolioSize, copiers: usize) -> Choice {
         self.job.ctx.policy.choose(size, &self.wish, copiers)
+    }
+
+    fn give_back(&self, segment: Segment) {
+        let bytes = i64::try_from(segment.range.len()).unwrap_or(0);
+        self.quota.fetch_add(bytes, Ordering::Relaxed);
+        self.planner.lock().give_back(segment);
     }
 
     fn join(&self, mut tally: Tally) {
@@ -191,7 +211,7 @@ impl Running<'_> {
     fn one(&self, berth: &mut Berth<'_>, segment: Segment, tally: &mut Tally) {
         let size = segment.size;
         let choice = self.choose(size, 1);
-        let Some(order) = self.begin(berth, segment, choice.order, tally) else { return };
+        let Begun::Flying(order) = self.begin(berth, segment, choice.order, tally) else { return };
         let pages = berth.bytes() / page_size();
         if order == Order::Frozen {
             berth.detach(0..pages, false);
@@ -208,14 +228,14 @@ impl Running<'_> {
         }
     }
 
-    /// Reserves, opens and (live) protects. `None`: the segment is accounted for.
+    /// Reserves, opens and (live) protects.
     fn begin(
         &self,
         berth: &mut Berth<'_>,
         segment: Segment,
         order: Order,
         tally: &mut Tally,
-    ) -> Option<Order> {
+    ) -> Begun {
         // The kernel allocates its copies as the mapping's policy says, if that has one.
         let obeys = self.job.one_node || !self.job.own_policy;
         let kernel_copy = segment.size == FolioSize::Base
@@ -228,7 +248,7 @@ impl Running<'_> {
                         && obeys
                         && self.wish.budget >= KERNEL_COPY_BUDGET
                         && !berth.has_frames(segment.to, segment.size)
-                        && !self.job.ctx.pools.has_rested(segment.to, segment.size)
+                        && !self.job.ctx.pools.has_rested(segment.to, segment.size, self.source())
                 }
             };
         let order = if kernel_copy { Order::Frozen } else { order };
@@ -237,25 +257,30 @@ impl Running<'_> {
             Err(()) => {
                 tally.lap(Phase::Reserve);
                 self.count(asked);
-                return None;
+                return Begun::Refused;
             }
             Ok(Some(rest)) => {
-                let bytes = i64::try_from(rest.range.len()).unwrap_or(0);
-                self.quota.fetch_add(bytes, Ordering::Relaxed);
-                self.planner.lock().give_back(rest);
+                self.give_back(rest);
             }
             Ok(None) => {}
         }
         tally.lap(Phase::Reserve);
-        if !berth.open(order, tally) {
-            return None;
+        match berth.open(order, tally) {
+            Announced::Open => {}
+            Announced::Refused => return Begun::Refused,
+            Announced::Full => {
+                if let Some(segment) = berth.unload() {
+                    self.give_back(segment);
+                }
+                return Begun::Full;
+            }
         }
         if order == Order::Live && berth.protect().is_err() {
             // Unmapped in part, perhaps: frozen order finds out page by page.
             berth.freeze();
         }
         tally.lap(Phase::Protect);
-        Some(berth.order())
+        Begun::Flying(berth.order())
     }
 
     /// From the copied batch to the closed flight.
@@ -295,6 +320,8 @@ impl Running<'_> {
         let mut free: Vec<Berth<'_>> = Vec::with_capacity(MAX_WINDOW);
         let mut air: VecDeque<(Berth<'_>, Choice, Launched)> = VecDeque::with_capacity(MAX_WINDOW);
         let mut ended = false;
+        // No more room until a batch has landed.
+        let mut full = false;
         loop {
             let landed = air.front().is_some_and(|(b, ..)| b.is_copied());
             let forking = self.job.ctx.forks.wanted() && !air.is_empty();
@@ -309,7 +336,7 @@ impl Running<'_> {
                     copiers,
                 )
                 .window;
-            if !landed && !forking && !ended && air.len() < window {
+            if !landed && !forking && !ended && !full && air.len() < window {
                 match self.next(self.limit(copiers), &mut tally) {
                     None => ended = true,
                     Some(segment) => {
@@ -320,24 +347,29 @@ impl Running<'_> {
                         let choice = self.choose(segment.size, copiers);
                         match self.launch(&mut berth, segment, choice, !air.is_empty(), &mut tally)
                         {
-                            Some(launched) => air.push_back((berth, choice, launched)),
-                            None => free.push(berth),
+                            Ok(launched) => air.push_back((berth, choice, launched)),
+                            Err(no_room) => {
+                                full = no_room;
+                                free.push(berth);
+                            }
                         }
                     }
                 }
                 continue;
             }
             let Some((mut berth, choice, launched)) = air.pop_front() else { break };
+            full = false;
             if !self.await_batch(&Arc::clone(berth.batch()), launched.with_cpu) {
                 self.engine_broken.store(true, Ordering::Relaxed);
                 tracing::error!(
                     engine = self.engine().name(),
-                    "the copy engine did not finish a batch within {ENGINE_TIMEOUT:?}: it is not \
-                     used again, its pages stay where they were, and its frames are given up"
+                    "the copy engine did not finish a batch within {:?}: it is not used again, \
+                     its pages stay where they were, and its frames are given up",
+                    NAP * ENGINE_NAPS
                 );
                 berth.abandon();
             }
-            if !berth.collect_batch(&mut tally) {
+            if launched.handed && !berth.collect_batch(&mut tally) {
                 // It reported what it was not asked for: nothing it says can be trusted.
                 self.engine_broken.store(true, Ordering::Relaxed);
             }
@@ -353,7 +385,8 @@ impl Running<'_> {
         self.join(tally);
     }
 
-    /// Begins a batch and hands its copies to the engine.
+    /// Begins a batch and hands its copies to the engine. Else: whether that is for want of room
+    /// beside the others in the air.
     fn launch(
         &self,
         berth: &mut Berth<'_>,
@@ -361,21 +394,26 @@ impl Running<'_> {
         choice: Choice,
         nested: bool,
         tally: &mut Tally,
-    ) -> Option<Launched> {
+    ) -> Result<Launched, bool> {
         berth.set_nested(nested);
-        let order = self.begin(berth, segment, choice.order, tally)?;
+        let order = match self.begin(berth, segment, choice.order, tally) {
+            Begun::Flying(order) => order,
+            Begun::Refused => return Err(false),
+            Begun::Full => return Err(nested),
+        };
         let mut detach = Duration::ZERO;
         if order == Order::Frozen {
             berth.detach(0..berth.bytes() / page_size(), nested);
             detach = tally.lap(Phase::Detach);
         }
         let with_cpu = self.job.engine.is_none() || self.engine_broken.load(Ordering::Relaxed);
-        if !berth.kernel_copies() && !self.submit(berth) {
+        let handed = !berth.kernel_copies() && self.submit(berth);
+        if !berth.kernel_copies() && !handed {
             berth.copy_inline();
             tally.fallbacks += u64::from(self.job.engine.is_some());
         }
         tally.lap(Phase::Copy);
-        Some(Launched { detach, with_cpu })
+        Ok(Launched { detach, with_cpu, handed })
     }
 
     /// False: the engine did not take the batch.
@@ -404,9 +442,9 @@ impl Running<'_> {
     /// not be done any more.
     fn await_batch(&self, batch: &Arc<CopyBatch>, with_cpu: bool) -> bool {
         // Whatever else a broken engine holds is given a moment, not the same time again. The CPU
-        // that has taken its place may have to wait for its turn on a busy machine.
-        let broken = !with_cpu && self.engine_broken.load(Ordering::Relaxed);
-        let deadline = Instant::now() + if broken { ENGINE_TIMEOUT / 100 } else { ENGINE_TIMEOUT };
+        // finishes for certain, but may have to wait for its turn on a busy machine.
+        let broken = self.engine_broken.load(Ordering::Relaxed);
+        let mut naps = if broken { ENGINE_NAPS / 100 } else { ENGINE_NAPS };
         // A batch is with the engine that took it, which need not be the one used now; each helps
         // only with its own.
         let step = || {
@@ -435,7 +473,8 @@ impl Running<'_> {
             if batch.wait_timeout(NAP) {
                 return true;
             }
-            if Instant::now() > deadline {
+            naps = naps.saturating_sub(u32::from(!with_cpu));
+            if naps == 0 {
                 return false;
             }
         }

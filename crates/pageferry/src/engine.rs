@@ -8,11 +8,13 @@ use crate::job::Control;
 use crate::policy::Policy;
 use crate::pool::{PoolConfig, PoolStats, Pools};
 use crate::quiesce::ForkGate;
-use crate::region::{IoPins, Region, RegionBuilder};
+use crate::region::{References, Region, RegionBuilder};
 use crate::request::{Move, Part};
 use crate::units::overlap;
-use crate::{handler, probe};
+use crate::{handler, probe, registered};
 use pageferry_copy::{CpuEngine, Kernel, WorkerPool};
+use pageferry_sys::maps::Maps;
+use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::Pagemap;
 use pageferry_sys::uffd::{Features, Rights, Signal, Uffd};
 use pageferry_sys::{Errno, Linux, Sys, affinity, fork, page_size};
@@ -25,8 +27,8 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Flights at once: several moves, several threads each.
-const FLIGHTS: usize = 64;
+/// Flights at once. A move that has none open waits for one; it holds nothing then.
+const FLIGHTS: usize = 256;
 /// How often the housekeeping thread looks, while there is something to look after.
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 
@@ -269,6 +271,8 @@ impl EngineBuilder {
         let rights = if self.user_mode_only { Rights::UserModeOnly } else { Rights::Full };
         let uffd = Arc::new(open_descriptor(self.sys.as_ref(), rights)?);
         let pagemap = Pagemap::open().map_err(no_pagemap)?;
+        let maps = Maps::open()
+            .map_err(|source| BuildError::Resource { what: "opening /proc/self/maps", source })?;
         let nodes = machine.memory_nodes().map(|n| n.id.get()).collect();
         let config = PoolConfig { budget, grace: self.frame_grace, nodes };
         let pools =
@@ -287,6 +291,8 @@ impl EngineBuilder {
             pools,
             flights: Flights::new(FLIGHTS, page_size()),
             pagemap,
+            maps,
+            registering: Mutex::default(),
             tells: AtomicU64::new(0),
             spare_batches: Mutex::default(),
             policy: Policy::new(),
@@ -381,7 +387,9 @@ fn look_after_pools(inner: &Inner, stopping: &AtomicBool) {
             if let Some(demand) = demand {
                 pools.refill(demand, pools.budget() / 8, pools.budget() / 4);
             }
-            let busy = !inner.claims.lock().is_empty();
+            registered::tidy(&inner.ctx);
+            let held = look_after_notes(&inner.ctx);
+            let busy = held || !inner.claims.lock().is_empty();
             if !busy && inner.last_move.lock().elapsed() >= inner.idle_release {
                 pools.release_all();
                 break;
@@ -390,6 +398,16 @@ fn look_after_pools(inner: &Inner, stopping: &AtomicBool) {
             condition.wait_for(&mut roused, HOUSEKEEPING.min(inner.idle_release));
         }
     }
+}
+
+/// One look at what the program gave up ([`Flights::look`]); true as long as there is any.
+fn look_after_notes(ctx: &Context) -> bool {
+    let here = 0u8;
+    let page = std::ptr::from_ref(&here).addr() & !(page_size() - 1);
+    // So that each look stands for one turn at the lock of the address space. (Refused, it does.)
+    // SAFETY: the page is of this thread's stack, whose access pattern is the normal one already.
+    let _ = unsafe { ctx.sys.advise(page, page_size(), Advice::Normal) };
+    ctx.flights.look()
 }
 
 /// What an engine has and has done.
@@ -450,8 +468,8 @@ impl Engine {
     /// # Safety
     /// The range stays mapped, and private anonymous memory, until the region is dropped, but for
     /// parts that the program unmaps or replaces knowing that a move may then report them as
-    /// [`Gone`](crate::Outcome::Gone). No other userfaultfd watches it. With [`IoPins::Never`], no
-    /// device is given access to it. No thread that moves pages (by [`Move::run`], or one of the
+    /// [`Gone`](crate::Outcome::Gone). No other userfaultfd watches it. With [`References::Never`], the
+    /// promise that is told there is kept. No thread that moves pages (by [`Move::run`], or one of the
     /// engine's own) needs it to go on: it holds no stack, and nothing that the program's global
     /// allocator gives out. If a [`RegionAlloc`](crate::RegionAlloc) is made over it, the
     /// program uses it for nothing else.
@@ -459,9 +477,9 @@ impl Engine {
         &self,
         start: *mut u8,
         len: usize,
-        io_pins: IoPins,
+        references: References,
     ) -> Result<Region, RegionError> {
-        Region::adopt(self.clone(), start.expose_provenance(), len, io_pins)
+        Region::adopt(self.clone(), start.expose_provenance(), len, references)
     }
 
     /// Moves pages to a node.

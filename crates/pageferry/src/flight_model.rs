@@ -66,7 +66,10 @@ fn handle(kernel: &Kernel, flights: &Flights, flaw: Flaw) {
         let mut handling = Some(flights.handler());
         for event in early.unwrap_or_else(|| kernel.read()) {
             let gate = handling.take().unwrap_or_else(|| flights.handler());
-            let last = |r: Range<usize>| r.step_by(PAGE).filter(|a| !kernel.is_missing(*a)).last();
+            let last = |r: Range<usize>, each: &mut dyn FnMut(Range<usize>, usize)| {
+                let there = r.clone().step_by(PAGE).filter(|a| !kernel.is_missing(*a)).last();
+                there.into_iter().for_each(|witness| each(r.clone(), witness));
+            };
             if let (Flaw::MarksOutsideGate, Event::Fault { addr, protected: true, .. }) =
                 (flaw, event)
             {
@@ -89,7 +92,7 @@ fn handle(kernel: &Kernel, flights: &Flights, flaw: Flaw) {
             let resolved = match verdict {
                 Verdict::Wait => continue,
                 Verdict::Unprotect => kernel.protect(page, false).is_ok(),
-                Verdict::FirstTouch => kernel.put(page, 0).is_ok_and(|done| done),
+                Verdict::FirstTouch(_) => kernel.put(page, 0).is_ok_and(|done| done),
             };
             if !resolved {
                 kernel.wake(page);
@@ -112,7 +115,7 @@ enum Copying {
 fn transact(kernel: &Kernel, flights: &Flights, pages: Range<usize>, copying: Copying, flaw: Flaw) {
     let missing = |address| flaw == Flaw::IgnoresQuarantine || kernel.is_missing(address);
     let flight = match flights.open(range(pages.clone()), false, missing) {
-        Ok(flight) => flight,
+        Ok(opened) => opened.id,
         Err(Refused::Full) => unreachable!("there are as many places as movers"),
         Err(_) => return,
     };

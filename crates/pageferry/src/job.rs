@@ -1,12 +1,12 @@
 //! A running move: segments are planned, given out, taken through the transaction by one of the
 //! two divisions of labour, and accounted.
 
-use crate::berth::back_off;
 use crate::context::Context;
 use crate::divide::Running;
 use crate::flight::MAX_PAGES;
 use crate::plan::{Leg, Planner};
 use crate::policy::Wish;
+use crate::registered::Registered;
 use crate::report::{Order, Outcome, Report};
 use crate::tally::Tally;
 use crate::units::blocks_around;
@@ -26,9 +26,10 @@ const LIVE_BUDGET: Duration = Duration::from_millis(2);
 /// Where frames come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Frames {
-    /// The old pages of one batch are the frames of a later one; nothing is allocated once the
-    /// pools are filled. Where no frame is at rest, base pages are moved as by `KernelCopy` and
-    /// huge ones as by `Fresh`.
+    /// Where the regions promise [`References::Never`](crate::References), the old pages of one
+    /// batch are the frames of a later one; nothing is allocated once the pools are filled. Without
+    /// the promise old pages are freed, and where no frame is at rest, base pages are moved as by
+    /// `KernelCopy` and huge ones as by `Fresh`.
     #[default]
     Recycled,
     /// Frames are taken fresh from the destination's free memory, and the old pages are freed at
@@ -57,50 +58,16 @@ pub(crate) struct Job {
     pub(crate) engine: Option<Arc<dyn CopyEngine>>,
     pub(crate) wish: Wish,
     pub(crate) frames: Frames,
+    /// Regions whose old pages become frames of this move; `None`: old pages are freed.
+    pub(crate) recycled: Option<Vec<u64>>,
     pub(crate) even_if_there: bool,
     pub(crate) one_node: bool,
     /// The memory has a policy of its own, which may place elsewhere what the kernel allocates.
     pub(crate) own_policy: bool,
     pub(crate) legs: Vec<Leg>,
+    /// Adopted regions, whose mappings are registered whole.
+    pub(crate) wholes: Vec<Range<usize>>,
     pub(crate) control: Arc<Control>,
-}
-
-/// The ranges of a move, registered with the userfaultfd while this lives.
-struct Armed<'j> {
-    ctx: &'j Context,
-    ranges: Vec<Range<usize>>,
-}
-
-impl Drop for Armed<'_> {
-    fn drop(&mut self) {
-        let detours: Vec<_> = self.ranges.iter().flat_map(|r| self.ctx.flights.forget(r)).collect();
-        for range in self.ranges.iter().chain(&detours) {
-            self.disarm(range.clone());
-        }
-    }
-}
-
-impl Armed<'_> {
-    /// Unregisters a range. What stays registered for a lasting failure still works: the handler
-    /// serves it as long as the engine lives.
-    fn disarm(&self, range: Range<usize>) {
-        for tries in 0..64 {
-            match self.ctx.sys.unregister(&self.ctx.uffd, range.start, range.len()) {
-                Ok(()) => return,
-                // Nothing is mapped there any more, or something that cannot be registered
-                // stands within: each half may be fine.
-                Err(Errno(libc::EINVAL)) => {
-                    let middle = range.start + (range.len() / 2).next_multiple_of(page_size());
-                    if middle < range.end {
-                        self.disarm(range.start..middle);
-                        self.disarm(middle..range.end);
-                    }
-                    return;
-                }
-                Err(_) => back_off(tries),
-            }
-        }
-    }
 }
 
 impl Job {
@@ -123,21 +90,8 @@ impl Job {
         let live = self.wish.order != Some(Order::Frozen)
             && (self.wish.order.is_some() || self.wish.budget < LIVE_BUDGET);
         let modes = if live { Modes::MISSING | Modes::WP } else { Modes::MISSING };
-        let mut armed = Armed { ctx: &self.ctx, ranges: Vec::with_capacity(blocks.len()) };
-        for block in blocks {
-            self.register(block, modes)?;
-            armed.ranges.push(block.clone());
-            // What is not mapped now is not registered, and what is mapped there later is not
-            // ours: detach would take it, and nobody would wait at the hole.
-            if !matches!(self.ctx.sys.is_mapped(block.start, block.len()), Ok(true)) {
-                for gap in pageferry_sys::mm::gaps(block.clone())? {
-                    self.ctx.flights.note_unmapped(gap);
-                }
-            }
-            // Whatever came in between is registered now: also what was unmapped before the first
-            // time, of which no event tells, and mapped anew before the look.
-            self.register(block, modes)?;
-        }
+        let cancelled = || self.is_cancelled();
+        let registered = Registered::new(&self.ctx, blocks, &self.wholes, modes, cancelled)?;
         let workers = self.cpu.worker_cpu_time();
         let wish =
             Wish { order: self.wish.order.or((!live).then_some(Order::Frozen)), ..self.wish };
@@ -156,24 +110,11 @@ impl Job {
         let mut last = Tally::new();
         running.planner.lock().give_up(Outcome::Cancelled, &mut last);
         running.tallies.lock().push(last);
-        drop(armed);
+        drop(registered);
         let mut report = running.report(started, division);
         // Moves that run at the same time share the workers, and see each other's time here.
         report.cpu.copy += self.cpu.worker_cpu_time().saturating_sub(workers);
         Ok(report)
-    }
-
-    fn register(&self, block: &Range<usize>, modes: Modes) -> Result<(), Errno> {
-        let mut tries = 0;
-        loop {
-            match self.ctx.sys.register(&self.ctx.uffd, block.start, block.len(), modes) {
-                Err(Errno(libc::EAGAIN | libc::EINTR)) if tries < 64 => {
-                    back_off(tries);
-                    tries += 1;
-                }
-                result => return result,
-            }
-        }
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

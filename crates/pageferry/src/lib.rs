@@ -72,6 +72,8 @@ mod quiesce;
 #[cfg(not(loom))]
 mod region;
 #[cfg(not(loom))]
+mod registered;
+#[cfg(not(loom))]
 mod report;
 #[cfg(not(loom))]
 mod request;
@@ -89,7 +91,7 @@ pub use {
     job::Frames,
     policy::DEFAULT_STALL_BUDGET,
     pool::PoolStats,
-    region::{Folios, IoPins, Region, RegionBuilder, Residency},
+    region::{Folios, References, Region, RegionBuilder, Residency},
     report::{Busy, Division, Holes, Order, Outcome, Phases, Report, Shortage},
     request::{Handle, Move, Overlap, Part, Progress},
 };

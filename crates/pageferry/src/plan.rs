@@ -31,6 +31,8 @@ pub(crate) struct Segment {
     /// The node they are on, where that was asked.
     pub(crate) from: Option<u32>,
     pub(crate) to: u32,
+    /// Its region.
+    pub(crate) owner: u64,
     /// It was tried before and is tried once more.
     pub(crate) again: bool,
 }
@@ -48,6 +50,8 @@ impl Segment {
 /// What is to go where.
 #[derive(Clone, Debug)]
 pub(crate) struct Leg {
+    /// The region.
+    pub(crate) owner: u64,
     pub(crate) ranges: Vec<Range<usize>>,
     pub(crate) to: u32,
 }
@@ -283,12 +287,12 @@ impl Planner {
         size: FolioSize,
         tally: &mut Tally,
     ) {
-        let to = self.cursors[turn].leg.to;
+        let Leg { to, owner, .. } = self.cursors[turn].leg;
         if self.one_node {
             if !self.even_if_there {
                 return tally.outcome(piece, Outcome::AlreadyThere);
             }
-            let segment = Segment { range: piece, size, from: Some(to), to, again: false };
+            let segment = Segment { range: piece, size, from: Some(to), to, owner, again: false };
             return self.cursors[turn].ready.push_back(segment);
         }
         let step = size.bytes();
@@ -309,7 +313,7 @@ impl Planner {
             if from == Some(to) && !self.even_if_there {
                 tally.outcome(range, Outcome::AlreadyThere);
             } else {
-                let segment = Segment { range, size, from, to, again: false };
+                let segment = Segment { range, size, from, to, owner, again: false };
                 self.cursors[turn].ready.push_back(segment);
             }
         }

@@ -6,7 +6,7 @@ use crate::flight::MAX_PAGES;
 use crate::job::{Control, Frames, Job, max_batch_bytes};
 use crate::plan::Leg;
 use crate::policy::{DEFAULT_STALL_BUDGET, Wish};
-use crate::region::{IoPins, Region, look};
+use crate::region::{References, Region, look};
 use crate::report::{Division, Order, Report};
 use crate::units::{normalize, overlap};
 use pageferry_copy::cpu::CHUNK;
@@ -30,8 +30,10 @@ use std::time::{Duration, Instant};
 pub struct Part {
     engine: usize,
     home: Range<usize>,
-    io_pins: IoPins,
+    references: References,
+    owner: u64,
     own_policy: bool,
+    adopted: bool,
     gone: Arc<AtomicBool>,
     ranges: Vec<Range<usize>>,
     to: NodeId,
@@ -42,8 +44,10 @@ impl Part {
         Self {
             engine: Arc::as_ptr(&region.engine.inner).addr(),
             home: region.addresses(),
-            io_pins: region.io_pins,
+            references: region.references,
+            owner: region.id,
             own_policy: region.own_policy,
+            adopted: region.is_adopted(),
             gone: Arc::clone(&region.gone),
             ranges: Vec::new(),
             to,
@@ -114,7 +118,7 @@ impl Part {
         }
         let start = self.home.start;
         let ranges = given.iter().map(|r| start + r.start..start + r.end).collect();
-        Ok(Leg { ranges: normalize(ranges), to: self.to.get() })
+        Ok(Leg { owner: self.owner, ranges: normalize(ranges), to: self.to.get() })
     }
 }
 
@@ -335,14 +339,18 @@ impl Move {
                 budget: self.budget,
                 batch: (self.batch / page_size()).min(MAX_PAGES),
                 threads,
-                compare: self.parts.iter().any(|p| p.io_pins == IoPins::Possible)
+                compare: self.parts.iter().any(|p| p.references == References::Possible)
                     && inner.rights == Rights::Full,
             },
             frames: self.frames,
+            recycled: (self.frames == Frames::Recycled
+                && self.parts.iter().all(|p| p.references == References::Never))
+            .then(|| self.parts.iter().map(|p| p.owner).collect()),
             even_if_there: self.even_if_there,
             one_node: self.engine.only_node().is_some(),
             own_policy: self.parts.iter().any(|p| p.own_policy),
             legs,
+            wholes: self.parts.iter().filter(|p| p.adopted).map(|p| p.home.clone()).collect(),
             control,
         };
         let blocks = Job::blocks(&job.legs, &homes);
@@ -436,6 +444,7 @@ impl Prepared {
         let inner = &self.engine.inner;
         // Relaxed: a counter for display.
         inner.moves.fetch_add(1, Ordering::Relaxed);
+        inner.rouse();
         let moved = catch_unwind(AssertUnwindSafe(|| self.job.run(&self.blocks)));
         let report = match moved {
             Ok(Ok(report)) => report,

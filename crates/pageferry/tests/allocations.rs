@@ -7,7 +7,7 @@ use pageferry::{Division, Engine, Folios, Order};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use support::{build, check, fill, first_node, sized, thinned};
+use support::{build, check, fill, first_node, promised, sized, thinned};
 use trial::faults::crossed;
 
 /// Counts what all threads allocate.
@@ -48,7 +48,7 @@ fn allocations(
     order: Order,
     division: Division,
 ) -> (u64, Duration) {
-    let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
+    let region = promised(engine.map(bytes).folios(folios)).build().expect("memory for the test");
     fill(&region, 0..bytes);
     let least = (0..6)
         .map(|_| {

@@ -8,7 +8,7 @@ mod support;
 mod trial;
 
 use pageferry::{
-    BuildError, Engine, Folios, IoPins, MigrateError, Outcome, Part, Region, RegionError,
+    BuildError, Engine, Folios, MigrateError, Outcome, Part, References, Region, RegionError,
 };
 use pageferry_sys::inject::{Fault, Faulty};
 use pageferry_sys::uffd::{Features, Modes};
@@ -196,7 +196,7 @@ fn a_region_that_cannot_be_is_named_by_its_size_or_place() {
         (at(usize::MAX - page + 1), 2 * page, ["8192 bytes", "2^46"]),
     ] {
         // SAFETY: nothing is adopted: the input is refused.
-        let why = unsafe { engine.adopt(start, len, IoPins::Possible) };
+        let why = unsafe { engine.adopt(start, len, References::Possible) };
         says(&why.expect_err("it cannot be adopted"), &words);
     }
     let region = region(&engine);
@@ -254,7 +254,7 @@ fn adopted_memory_that_is_not_private_anonymous_stays_and_the_reason_is_said() {
         mapping.fill();
         // SAFETY: the mapping outlives the region, and nobody else watches it. That it is not
         // private and anonymous is what must be found out.
-        let adopted = unsafe { engine.adopt(mapping.0, len, IoPins::Possible) };
+        let adopted = unsafe { engine.adopt(mapping.0, len, References::Possible) };
         let region = adopted.expect("aligned");
         match engine.migrate(region.to(to)).even_if_there().run() {
             Err(why @ MigrateError::Register { .. }) => {
@@ -287,7 +287,7 @@ fn adopted_memory_that_is_not_mapped_or_watched_by_another_is_refused() {
     // Far from where the engine's own allocations are placed.
     let start = support::siege::ptr(support::siege::far_address()).cast::<u8>();
     // SAFETY: nothing is mapped there, which is what must be found out.
-    let region = unsafe { engine.adopt(start, len, IoPins::Possible) }.expect("aligned");
+    let region = unsafe { engine.adopt(start, len, References::Possible) }.expect("aligned");
     let why = engine.migrate(region.to(first_node(&engine))).run().expect_err("not mapped");
     assert!(matches!(why, MigrateError::Register { .. }), "{why:?}");
     says(&why, &[&format!("{:#x}", start.addr()), "private anonymous"]);
@@ -298,7 +298,7 @@ fn adopted_memory_that_is_not_mapped_or_watched_by_another_is_refused() {
     let fd = Linux.open_uffd(engine.rights(), features).expect("the engine got one too");
     Linux.register(&fd, taken.0.addr(), len, Modes::WP).expect("nobody else has it");
     // SAFETY: mapped and ours; that somebody watches it is what must be found out.
-    let region = unsafe { engine.adopt(taken.0, len, IoPins::Possible) }.expect("aligned");
+    let region = unsafe { engine.adopt(taken.0, len, References::Possible) }.expect("aligned");
     let why = engine.migrate(region.to(first_node(&engine))).run().expect_err("watched");
     says(&why, &["EBUSY", "no other userfaultfd"]);
     taken.check();
@@ -457,7 +457,7 @@ fn memory_that_a_mover_itself_needs_and_memory_that_is_managed_already_are_refus
     let around = |address: usize| {
         let start = std::ptr::with_exposed_provenance_mut::<u8>(address & !(page - 1));
         // SAFETY: it is refused, or nothing of it is moved.
-        unsafe { engine.adopt(start, page, IoPins::Possible) }
+        unsafe { engine.adopt(start, page, References::Possible) }
     };
     let on_stack = 0u8;
     let stack = std::ptr::from_ref(&on_stack).expose_provenance();
@@ -484,7 +484,7 @@ fn a_stack_that_was_adopted_elsewhere_is_refused_by_a_move_that_runs_on_it() {
         let start = (here & !(page - 1)) - (4 << 20);
         let start = std::ptr::with_exposed_provenance_mut::<u8>(start);
         // SAFETY: a part of this thread's stack that it has not come to; nothing is moved.
-        let region = unsafe { engine.adopt(start, 4 << 20, IoPins::Possible) }.expect("unused");
+        let region = unsafe { engine.adopt(start, 4 << 20, References::Possible) }.expect("unused");
         let to = first_node(&engine);
         deeper(1 << 20, &|| engine.migrate(region.to(to)).run().expect_err("on its own stack"))
     });

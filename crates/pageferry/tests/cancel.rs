@@ -16,14 +16,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
-use support::{Racers, build, check, fill, first_node};
+use support::{Racers, build, check, fill, first_node, promised};
 use trial::{Numbers, Watchdog, accounted, accounted_whole, small};
 
 const ORDERS: [Order; 2] = [Order::Frozen, Order::Live];
 const DIVISIONS: [Division; 2] = [Division::Conducted, Division::Shared];
 
 fn region(engine: &Engine, bytes: usize, folios: Folios) -> Arc<Region> {
-    let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
+    let region = promised(engine.map(bytes).folios(folios)).build().expect("memory for the test");
     fill(&region, 0..bytes);
     Arc::new(region)
 }
@@ -234,7 +234,7 @@ fn a_handle_that_is_dropped_lets_the_move_go_on() {
 fn a_region_that_is_dropped_ends_its_moves_first() {
     let _watchdog = Watchdog::seconds(60, "a dropped region");
     let Some(engine) = build(small()) else { return };
-    let region = engine.map(1 << 20).folios(Folios::Base).build().expect("memory");
+    let region = promised(engine.map(1 << 20).folios(Folios::Base)).build().expect("memory");
     fill(&region, 0..1 << 20);
     let (handle, door) = held(&engine, &region);
     let dropper = std::thread::spawn(move || drop(region));
@@ -249,11 +249,11 @@ fn a_region_that_is_dropped_ends_its_moves_first() {
 fn a_move_of_a_region_that_is_gone_is_an_error() {
     let _watchdog = Watchdog::seconds(60, "a region that is gone");
     let Some(engine) = build(small()) else { return };
-    let region = engine.map(4 << 20).folios(Folios::Base).build().expect("memory");
+    let region = promised(engine.map(4 << 20).folios(Folios::Base)).build().expect("memory");
     let (start, part) = (region.addr(), region.to(first_node(&engine)));
     drop(region);
     // The kernel likes to give the same addresses out again.
-    let other = engine.map(4 << 20).folios(Folios::Base).build().expect("memory");
+    let other = promised(engine.map(4 << 20).folios(Folios::Base)).build().expect("memory");
     fill(&other, 0..4 << 20);
     let result = engine.migrate(part).even_if_there().run();
     assert!(result.is_err(), "addresses {start:#x} now at {:#x}: {result:?}", other.addr());
@@ -264,7 +264,7 @@ fn a_move_of_a_region_that_is_gone_is_an_error() {
 fn a_move_that_waits_its_turn_for_a_region_that_goes_away_does_nothing() {
     let _watchdog = Watchdog::seconds(60, "a region that goes away");
     let Some(engine) = build(small()) else { return };
-    let region = engine.map(1 << 20).folios(Folios::Base).build().expect("memory");
+    let region = promised(engine.map(1 << 20).folios(Folios::Base)).build().expect("memory");
     fill(&region, 0..1 << 20);
     let (first, door) = held(&engine, &region);
     let second = engine

@@ -13,7 +13,7 @@ use pageferry_sys::page_size;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use support::{Racers, build, check, fill, first_node, thinned};
+use support::{Racers, build, check, fill, first_node, promised, thinned};
 use trial::{Watchdog, accounted_whole, small};
 
 /// Bytes of a batch of base pages.
@@ -24,7 +24,7 @@ fn region(engine: &Engine, folios: Folios) -> Arc<Region> {
 }
 
 fn region_of(engine: &Engine, folios: Folios, bytes: usize) -> Arc<Region> {
-    let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
+    let region = promised(engine.map(bytes).folios(folios)).build().expect("memory for the test");
     fill(&region, 0..region.len());
     Arc::new(region)
 }

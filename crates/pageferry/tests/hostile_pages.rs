@@ -3,7 +3,7 @@
 
 mod support;
 
-use pageferry::{Busy, Folios, IoPins, Order, Outcome};
+use pageferry::{Busy, Folios, Order, Outcome, References};
 use pageferry_sys::page_size;
 use pageferry_sys::pagemap::{Entry, Pagemap};
 use std::os::unix::process::ExitStatusExt;
@@ -262,7 +262,8 @@ fn what_is_not_adopted_is_not_touched() {
     let (start, len, page) = (far_address(), 4 << 20, page_size());
     map_at(start, len);
     // SAFETY: mapped above; neither end is at a block.
-    let inner = unsafe { engine.adopt(ptr(start + page).cast(), len - 3 * page, IoPins::Never) };
+    let inner =
+        unsafe { engine.adopt(ptr(start + page).cast(), len - 3 * page, References::Never) };
     let inner = Arc::new(inner.expect("aligned"));
     fill(&inner, 0..inner.len());
     let outside: Vec<usize> = vec![start, start + len - page];

@@ -4,10 +4,10 @@ mod support;
 
 use pageferry::{Division, FolioSize, Folios, Frames, Order, Outcome, Region};
 use std::sync::Arc;
-use support::{Racers, check, engine, fill, frames, nodes, on_their_node, sized};
+use support::{Racers, check, engine, fill, frames, nodes, on_their_node, promised, sized};
 
 fn region(engine: &pageferry::Engine, bytes: usize, folios: Folios) -> Arc<Region> {
-    let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
+    let region = promised(engine.map(bytes).folios(folios)).build().expect("memory for the test");
     fill(&region, 0..bytes);
     Arc::new(region)
 }

@@ -7,7 +7,7 @@ mod trial;
 use node_common::{fill_on, number, region_on, several};
 use pageferry::{Engine, Folios, Frames, HUGE, Order, Outcome};
 use std::sync::Arc;
-use support::{Racers, check, engine, frames, nodes_of, on_their_node};
+use support::{Racers, check, engine, frames, nodes_of, on_their_node, promised};
 use trial::{Watchdog, accounted_whole};
 
 const BYTES: usize = 8 << 20;
@@ -20,7 +20,7 @@ fn base_huge_and_mixed_pages_go_to_the_other_node_and_back_under_racing_writers(
     let (home, away) = (nodes[0], nodes[1]);
     for folios in [Folios::Base, Folios::Huge, Folios::Mixed] {
         for order in [Order::Frozen, Order::Live] {
-            let region = engine.map(BYTES).folios(folios).build().expect("memory");
+            let region = promised(engine.map(BYTES).folios(folios)).build().expect("memory");
             if folios == Folios::Mixed {
                 region.advise(0..BYTES / 2, Folios::Base).expect("a part");
                 region.advise(BYTES / 2..BYTES, Folios::Huge).expect("a part");
@@ -65,7 +65,8 @@ fn a_region_that_prefers_a_node_leaves_it_when_asked_to() {
     let Some(nodes) = several(&engine) else { return };
     let (home, away) = (nodes[0], nodes[1]);
     for source in [Frames::Recycled, Frames::Fresh, Frames::KernelCopy] {
-        let region = engine.map(BYTES).folios(Folios::Base).prefer(home).build().expect("memory");
+        let region =
+            promised(engine.map(BYTES).folios(Folios::Base).prefer(home)).build().expect("memory");
         fill_on(&region, 0..BYTES, home);
         let report = engine.migrate(region.to(away)).frames(source).run().expect("a move");
         accounted_whole(&report, &region);
@@ -80,7 +81,7 @@ fn only_pages_that_are_elsewhere_are_moved_and_the_others_keep_their_frames() {
     let Some(engine) = engine() else { return };
     let Some(nodes) = several(&engine) else { return };
     let (home, away) = (nodes[0], nodes[1]);
-    let region = engine.map(BYTES).folios(Folios::Base).build().expect("memory");
+    let region = promised(engine.map(BYTES).folios(Folios::Base)).build().expect("memory");
     // By turns on one and the other, in runs that cross the blocks of 2 MiB.
     let run = HUGE / 2 + 0x3000;
     for (i, start) in (0..BYTES).step_by(run).enumerate() {

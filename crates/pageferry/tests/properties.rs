@@ -14,7 +14,7 @@ use std::collections::HashMap as Map;
 use std::hash::BuildHasherDefault;
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
-use support::{build, first_node, value, word};
+use support::{build, first_node, promised, value, word};
 use trial::{accounted, small};
 
 /// The budget of spare frames of the engine under test.
@@ -67,7 +67,7 @@ proptest! {
     ) {
         let Some(engine) = engine() else { return Ok(()) };
         let page = page_size();
-        let region = engine.map(BLOCKS * HUGE).folios(Folios::Base).build().expect("memory");
+        let region = promised(engine.map(BLOCKS * HUGE).folios(Folios::Base)).build().expect("memory");
         let mut there = vec![false; BLOCKS * HUGE / page];
         for (i, block) in blocks.iter().enumerate() {
             let touched = match block {

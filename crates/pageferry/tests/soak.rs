@@ -10,7 +10,7 @@ use pageferry_sys::page_size;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
-use support::{Racers, build, fill, nodes, value, word};
+use support::{Racers, build, fill, nodes, promised, value, word};
 use trial::{Numbers, Watchdog, small};
 
 fn from_environment(name: &str) -> Option<u64> {
@@ -116,7 +116,7 @@ fn soak() {
     let _watchdog = Watchdog::seconds(seconds + 60, "the soak");
     let Some(engine) = build(small()) else { return };
     let make = |bytes: usize, folios| {
-        Arc::new(engine.map(bytes).folios(folios).build().expect("memory for the test"))
+        Arc::new(promised(engine.map(bytes).folios(folios)).build().expect("memory for the test"))
     };
     let regions: Vec<_> =
         [(8 << 20, Folios::Base), (16 << 20, Folios::Huge), (8 << 20, Folios::Mixed)]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
-use pageferry::{BuildError, Engine, EngineBuilder, FolioSize, Folios, IoPins, Region};
+use pageferry::{BuildError, Engine, EngineBuilder, FolioSize, Folios, Region};
 use pageferry_copy::CopyEngine;
 use pageferry_topology::NodeId;
 
@@ -207,13 +207,11 @@ impl Field {
             FolioSize::Base => Folios::Base,
             FolioSize::Huge => Folios::Huge,
         };
-        let region = engine
-            .map(bytes)
-            .folios(folios)
-            .prefer(home)
-            .io_pins(IoPins::Never)
-            .build()
-            .context("cannot map a region")?;
+        let options = engine.map(bytes).folios(folios).prefer(home);
+        // SAFETY: the region is read and written by threads of the bench alone, and no system call
+        // is given any of it.
+        let options = unsafe { options.no_references() };
+        let region = options.build().context("cannot map a region")?;
         content.fill(Words::of(&region));
         Ok(Self {
             engine: engine.clone(),

@@ -41,7 +41,7 @@ use clap::{Args, ValueEnum, ValueHint};
 use corpus::Corpus;
 use load::Load;
 use moving::{Mover, Route};
-use pageferry::{BuildError, Engine, Folios, IoPins, Region, RegionAlloc, Rights};
+use pageferry::{BuildError, Engine, Folios, Region, RegionAlloc, Rights};
 use pageferry_copy::CopyEngine as _;
 use progress::Progress;
 use report::{Answers, DemoReport, Felt, IndexSize, Moved, Setting};
@@ -274,8 +274,10 @@ fn map(engine: &Engine, size: u64, route: Route, folios: FolioKind) -> anyhow::R
         FolioKind::Huge => Folios::Huge,
         FolioKind::Mixed => Folios::Mixed,
     };
-    // No device is ever given the index's memory.
-    let options = engine.map(bytes).folios(whole).prefer(route.home()).io_pins(IoPins::Never);
+    let options = engine.map(bytes).folios(whole).prefer(route.home());
+    // SAFETY: the index is read and written by the demo's threads alone, and no system call is
+    // given any of it.
+    let options = unsafe { options.no_references() };
     let region = options.build()?;
     if let FolioKind::Mixed = folios {
         // The allocator fills the region from the front: in stripes both kinds are used, however

@@ -212,7 +212,11 @@ impl Berth<'_> {
                 // `put_in` passes it over the next time.
                 return Tried::GivenUp;
             }
-            let home = self.ctx.flights.home_of(flight, self.addr(page));
+            let flights = &self.ctx.flights;
+            let mut home = flights.home_of(flight, self.addr(page));
+            if insists && matches!(why, Errno(libc::ENOENT | libc::EINVAL)) {
+                home = flights.home_in_any_order(flight, self.addr(page));
+            }
             if why == Errno(libc::EEXIST) && self.is_taken(home) {
                 return if self.event_waits() { Tried::GivenUp } else { Tried::Taken };
             }
@@ -228,8 +232,12 @@ impl Berth<'_> {
             let unreadable = matches!(copied.error, Some(Errno(libc::EFAULT | libc::EHWPOISON)));
             // The source cannot be read: a memory error. What the program must feel is SIGBUS,
             // not a page of zeros.
-            if unreadable && keep && insists && sys.poison(fd, home, page_size()).error.is_none() {
-                return Tried::Poisoned;
+            if unreadable && keep && insists {
+                match sys.poison(fd, home, page_size()).error {
+                    None => return Tried::Poisoned,
+                    Some(Errno(libc::EEXIST)) => return Tried::Taken,
+                    Some(_) => {}
+                }
             }
             Tried::Copied(copied.error)
         });

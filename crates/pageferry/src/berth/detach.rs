@@ -52,7 +52,9 @@ impl Berth<'_> {
         let mut patience = DETACH_TRIES;
         while page < piece.end {
             if given_up(page) {
-                self.outcome[page] = Outcome::Busy(Busy::Discarding);
+                if self.outcome[page] != Outcome::Gone {
+                    self.outcome[page] = Outcome::Busy(Busy::Discarding);
+                }
                 page += 1;
                 continue;
             }

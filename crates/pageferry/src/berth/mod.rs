@@ -16,7 +16,8 @@ mod copy;
 mod detach;
 
 use crate::context::Context;
-use crate::flight::{Bits, FlightId, MAX_PAGES, Refused};
+use crate::divide::{ENGINE_NAPS, NAP};
+use crate::flight::{Bits, FlightId, MAX_PAGES, Opened, Refused, bit};
 use crate::plan::Segment;
 use crate::pool::{Extent, Source};
 use crate::quiesce::Held;
@@ -96,6 +97,18 @@ impl Turn {
             self.began = Instant::now();
         }
     }
+}
+
+/// What became of [`Berth::open`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Announced {
+    /// The flight is open.
+    Open,
+    /// The segment has its outcome.
+    Refused,
+    /// There is no place for another flight while this thread has others open; the segment is
+    /// loaded still ([`Berth::unload`]).
+    Full,
 }
 
 /// A place for one batch, reused for one after the other.
@@ -219,7 +232,7 @@ impl<'c> Berth<'c> {
     pub(crate) fn reserve(
         &mut self,
         mut segment: Segment,
-        source: Source,
+        source: Source<'_>,
         kernel_copy: bool,
         tally: &mut Tally,
     ) -> Result<Option<Segment>, ()> {
@@ -232,6 +245,7 @@ impl<'c> Berth<'c> {
             .empties
             .as_ref()
             .is_some_and(|e| e.room() == 0 || e.node != from || e.size != segment.size || e.split)
+            || (self.empties.as_ref()).is_some_and(|e| e.owner.is_some_and(|o| o != segment.owner))
         {
             self.retire_empties(source);
         }
@@ -246,7 +260,7 @@ impl<'c> Berth<'c> {
             return Err(());
         }
         if self.frames.is_none() && !kernel_copy {
-            match self.ctx.pools.take_frames(segment.to, segment.size, want, source) {
+            match self.ctx.pools.take_frames(segment.to, segment.size, want, source, !self.nested) {
                 Ok(extent) => self.frames = Some(extent),
                 Err(shortage) => {
                     tally.outcome(segment.range, Outcome::NoFrame(shortage));
@@ -280,39 +294,63 @@ impl<'c> Berth<'c> {
         Ok(rest)
     }
 
-    /// Step 2: announces the flight. False: none of the range can be moved now; the segment is
-    /// unloaded with outcome `Discarding` or `Gone`.
-    pub(crate) fn open(&mut self, order: Order, tally: &mut Tally) -> bool {
+    /// Step 2: announces the flight. If none of the range can be moved now, the segment is
+    /// unloaded and has its outcome.
+    pub(crate) fn open(&mut self, order: Order, tally: &mut Tally) -> Announced {
         self.order = order;
         let range = self.seg().range.clone();
         let huge = self.seg().size == FolioSize::Huge;
         let mut tries = 0;
         loop {
             let missing = |page| self.is_missing(page);
-            match self.ctx.flights.open(range.clone(), huge, missing) {
-                Ok(flight) => {
-                    self.flight = Some(flight);
-                    return true;
+            let why = match self.ctx.flights.open(range.clone(), huge, missing) {
+                Ok(Opened { id, left }) => {
+                    self.flight = Some(id);
+                    for page in (0..self.pages).filter(|page| left.is_some_and(|l| bit(&l, *page)))
+                    {
+                        self.outcome[page] = Outcome::Gone;
+                    }
+                    return Announced::Open;
                 }
+                // All places may be taken by threads that wait for one more, as this one would.
+                Err(Refused::Full) if self.nested => return Announced::Full,
                 Err(Refused::Full) => {
                     back_off(tries);
                     tries += 1;
+                    continue;
                 }
-                Err(why) => {
-                    let outcome = match why {
-                        Refused::Unmapped => Outcome::Gone,
-                        _ => Outcome::Busy(Busy::Discarding),
-                    };
-                    self.outcome[..self.pages].fill(outcome);
-                    self.pages_not_taken(tally);
-                    return false;
-                }
+                Err(why) => why,
+            };
+            let outcome = match why {
+                Refused::Unmapped => Outcome::Gone,
+                _ => Outcome::Busy(Busy::Discarding),
+            };
+            self.outcome[..self.pages].fill(outcome);
+            if why == Refused::Torn
+                && let Some(segment) = &mut self.segment
+            {
+                segment.size = FolioSize::Base;
             }
+            self.pages_not_taken(tally);
+            return Announced::Refused;
         }
     }
 
+    /// Takes the segment back, before anything was done with it.
+    pub(crate) fn unload(&mut self) -> Option<Segment> {
+        self.pages = 0;
+        self.segment.take()
+    }
+
+    /// Whether nothing is at a page, or no more than the zero page.
     fn is_missing(&self, page: usize) -> bool {
-        self.look(page, Categories::PRESENT | Categories::SWAPPED) == Some(false)
+        let there = Categories::PRESENT | Categories::SWAPPED;
+        let mut runs = [Run::EMPTY; 1];
+        let (end, tell) = (page + page_size(), there | Categories::PFN_ZERO);
+        match self.ctx.sys.scan(&self.ctx.pagemap, page, end, there, tell, &mut runs) {
+            Ok((count, _)) => count == 0 || runs[0].categories().contains(Categories::PFN_ZERO),
+            Err(_) => false,
+        }
     }
 
     /// Whether a page has any of these properties; `None` without an answer.
@@ -341,20 +379,21 @@ impl<'c> Berth<'c> {
         if self.order == Order::Live && (stayed || self.keeps_protection()) {
             self.unprotect(&range);
         }
-        if let Some(flight) = self.flight.take()
-            && self.ctx.flights.close(flight)
-        {
-            let mut tries = 0;
-            while tries < DETACH_TRIES {
-                let woken = self.ctx.sys.wake(&self.ctx.uffd, range.start, range.len());
-                if woken.is_ok() {
-                    break;
-                }
-                back_off(tries);
-                tries += 1;
+        if let Some(flight) = self.flight.take() {
+            // Whoever waits for a page that `mremap` took elsewhere waits there.
+            let homes: Vec<_> = match self.ctx.flights.has_detours(&flight) {
+                true => (range.clone().step_by(page_size()))
+                    .map(|addr| self.ctx.flights.home_of(&flight, addr))
+                    .filter(|home| !range.contains(home))
+                    .collect(),
+                false => Vec::new(),
+            };
+            if self.ctx.flights.close(flight) {
+                self.wake(range.clone());
+                homes.into_iter().for_each(|home| self.wake(home..home + page_size()));
             }
         }
-        self.advance(&range, segment.size);
+        self.advance(&segment);
         // Pages of an unknown node (they were in swap) are no frames of a known one.
         if segment.from.is_none() && !self.ctx.pools.has_one_node() {
             self.empties.iter_mut().for_each(|e| e.mixed = true);
@@ -364,6 +403,15 @@ impl<'c> Berth<'c> {
             Order::Frozen => tally.frozen += 1,
         }
         self.account(&segment, tally);
+    }
+
+    fn wake(&self, range: Range<usize>) {
+        for tries in 0..DETACH_TRIES {
+            if self.ctx.sys.wake(&self.ctx.uffd, range.start, range.len()).is_ok() {
+                return;
+            }
+            back_off(tries);
+        }
     }
 
     /// The segment was refused as a whole: nothing of it was touched.
@@ -409,7 +457,9 @@ impl<'c> Berth<'c> {
     }
 
     /// Marks the extents as used up to the last page that changed places.
-    fn advance(&mut self, range: &Range<usize>, size: FolioSize) {
+    fn advance(&mut self, segment: &Segment) {
+        let Segment { range, size, owner, .. } = segment;
+        let (size, owner) = (*size, *owner);
         let changed = |o: &Outcome| {
             matches!(o, Outcome::Moved | Outcome::CopyFailed | Outcome::Gone | Outcome::NoFrame(_))
         };
@@ -426,6 +476,9 @@ impl<'c> Berth<'c> {
         let Some(empties) = &mut self.empties else { return };
         let first = empties.page(empties.hi);
         empties.hi += used;
+        if used > 0 {
+            empties.owner = Some(owner);
+        }
         empties.mixed |= gaps;
         empties.split |= size == FolioSize::Huge && gaps;
         if self.order == Order::Live && used > 0 && self.keeps_protection() {
@@ -437,20 +490,20 @@ impl<'c> Berth<'c> {
         }
     }
 
-    fn retire_empties(&mut self, source: Source) {
+    fn retire_empties(&mut self, source: Source<'_>) {
         if let Some(extent) = self.empties.take() {
-            self.ctx.pools.put(extent, source == Source::Any);
+            self.ctx.pools.put(extent, source);
         }
     }
 
-    fn retire_frames(&mut self, source: Source) {
+    fn retire_frames(&mut self, source: Source<'_>) {
         if let Some(extent) = self.frames.take() {
-            self.ctx.pools.put(extent, source == Source::Any);
+            self.ctx.pools.put(extent, source);
         }
     }
 
     /// Gives the extents back.
-    pub(crate) fn retire(&mut self, source: Source) {
+    pub(crate) fn retire(&mut self, source: Source<'_>) {
         self.retire_empties(source);
         self.retire_frames(source);
     }
@@ -460,12 +513,12 @@ impl Drop for Berth<'_> {
     fn drop(&mut self) {
         // Reached with pages out, or with copies under way, only by a panic.
         let left = self.batch.as_ref().filter(|b| b.is_submitted());
-        if left.is_some_and(|b| !b.wait_timeout(Duration::from_secs(10))) {
+        if left.is_some_and(|b| !(0..ENGINE_NAPS).any(|_| b.wait_timeout(NAP))) {
             self.abandon();
         }
         let mut tally = Tally::new();
         self.close(&mut tally);
-        self.retire(Source::FreshOnly);
+        self.retire(Source::Fresh);
         self.ctx.spare_batches.lock().extend(self.batch.take());
     }
 }

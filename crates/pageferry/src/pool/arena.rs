@@ -21,6 +21,8 @@ pub(crate) struct Extent {
     pub(crate) mixed: bool,
     /// Huge extents: it was split, or holds base pages, and must be mapped anew.
     pub(crate) split: bool,
+    /// The region whose old pages these are; `None`: no program has ever had them.
+    pub(crate) owner: Option<u64>,
     /// A device may still write to it: it is never used or freed again.
     pub(crate) lost: bool,
     /// With the userfaultfd, as it must be to take pages out to it. It is not while frames are
@@ -63,6 +65,16 @@ struct State {
     rested: VecDeque<Extent>,
 }
 
+impl State {
+    fn fit(&self, grace: Duration, owners: &[u64]) -> Option<usize> {
+        let now = Instant::now();
+        self.rested.iter().rposition(|extent| {
+            now.saturating_duration_since(extent.rested) >= grace
+                && extent.owner.is_none_or(|owner| owners.contains(&owner))
+        })
+    }
+}
+
 /// An extent that holds nothing.
 #[derive(Clone, Copy, Debug)]
 struct Empty {
@@ -101,16 +113,22 @@ impl Arena {
         self.state.lock().empty.push(empty);
     }
 
-    /// Takes the extent that rested longest, if that was for as long as this.
-    pub(super) fn take_rested(&self, grace: Duration) -> Option<Extent> {
+    /// Takes an extent that has rested for as long as this and belongs to nobody or to one of
+    /// `owners`: of those the one that rested shortest, which the caches know best.
+    pub(super) fn take_rested(&self, grace: Duration, owners: &[u64]) -> Option<Extent> {
         let mut state = self.state.lock();
-        let ready = state.rested.front().is_some_and(|e| e.rested.elapsed() >= grace);
-        if ready { state.rested.pop_front() } else { None }
+        let at = state.fit(grace, owners)?;
+        state.rested.remove(at)
+    }
+
+    /// Takes the extent that rested longest.
+    pub(super) fn take_oldest(&self) -> Option<Extent> {
+        self.state.lock().rested.pop_front()
     }
 
     /// Whether [`Self::take_rested`] would give one now.
-    pub(super) fn has_rested(&self, grace: Duration) -> bool {
-        self.state.lock().rested.front().is_some_and(|e| e.rested.elapsed() >= grace)
+    pub(super) fn has_rested(&self, grace: Duration, owners: &[u64]) -> bool {
+        self.state.lock().fit(grace, owners).is_some()
     }
 
     /// Frames rest from now on.
@@ -134,6 +152,7 @@ impl Arena {
             populated: 0,
             mixed: false,
             split: false,
+            owner: None,
             lost: false,
             registered: empty.registered,
             rested: Instant::now(),
@@ -145,5 +164,44 @@ impl Arena {
         state.empty.capacity() * size_of::<Empty>()
             + state.rested.capacity() * size_of::<Extent>()
             + size_of::<Self>()
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_pages_are_given_to_their_own_region_alone_and_fresh_ones_to_all() {
+        let arena = Arena::new(0, FolioSize::Base, HUGE, 4);
+        let rest = |owner| {
+            let mut extent = arena.take_empty(false).expect("four");
+            (extent.hi, extent.populated, extent.owner) = (1, 1, owner);
+            arena.put_frames(extent);
+        };
+        rest(Some(1));
+        rest(Some(2));
+        let take = |owners: &[u64]| arena.take_rested(Duration::ZERO, owners).map(|e| e.owner);
+        assert_eq!(take(&[]), None);
+        assert_eq!(take(&[3]), None);
+        assert!(!arena.has_rested(Duration::ZERO, &[3]) && arena.has_rested(Duration::ZERO, &[1]));
+        assert_eq!(take(&[1]), Some(Some(1)));
+        assert_eq!(take(&[1]), None);
+        rest(None);
+        assert_eq!(take(&[]), Some(None));
+        assert_eq!(arena.take_oldest().map(|e| e.owner), Some(Some(2)));
+    }
+
+    #[test]
+    fn what_rested_shortest_but_long_enough_is_taken_first() {
+        let arena = Arena::new(0, FolioSize::Base, HUGE, 4);
+        for _ in 0..3 {
+            let mut extent = arena.take_empty(false).expect("four");
+            (extent.hi, extent.populated) = (1, 1);
+            arena.put_frames(extent);
+        }
+        let last = arena.state.lock().rested.back().map(|e| e.addr);
+        assert_eq!(arena.take_rested(Duration::ZERO, &[]).map(|e| e.addr), last);
+        assert!(arena.take_rested(Duration::from_secs(1000), &[]).is_none());
     }
 }

@@ -15,8 +15,12 @@
 //!   but for the batches in the air: it grows by populating and shrinks by freeing. Detach and
 //!   attach exchange pages one for one; where the kernel copies, the old pages come on top until
 //!   their extent is given back.
-//! - A detached page rests for the grace period before it carries other data: a reader that holds
-//!   a plain reference (`FOLL_GET`, e.g. `process_vm_readv(2)`) is not noticed by `UFFDIO_MOVE`.
+//! - Who holds a plain reference (`FOLL_GET`) to a page is not noticed by `UFFDIO_MOVE`, and cannot
+//!   be seen from here. So a detached page is freed, and carries other data only where its region
+//!   promises that there is no such reference ([`References::Never`](crate::References)); then it
+//!   rests for the grace period first, for readers from outside the program that hold a page for
+//!   a moment (`process_vm_readv(2)`), and it carries data of that region, or of one that moves
+//!   in exchange with it, alone.
 //! - Extents of huge frames never keep a page table of their own: the kernel moves a huge page
 //!   whole only into an empty page-middle entry. One that was split is mapped anew.
 

@@ -7,7 +7,6 @@ use crate::units::{FolioSize, HUGE};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
-use std::time::Duration;
 
 /// An arena whose extents hold one frame each, and marks of who has one.
 struct Pool {
@@ -54,7 +53,7 @@ impl Pool {
     }
 
     fn rested(&self) -> Option<Extent> {
-        self.arena.take_rested(Duration::ZERO).map(|extent| self.taken(extent))
+        self.arena.take_oldest().map(|extent| self.taken(extent))
     }
 
     /// As `Pools::free_one_rested`.

@@ -63,11 +63,26 @@ pub(crate) struct Pools {
     pub(crate) demand: Mutex<Option<(u32, FolioSize)>>,
 }
 
-/// Whether frames may be reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    Any,
-    FreshOnly,
+/// Where frames come from, and what becomes of old pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Source<'a> {
+    /// Old pages of these regions, which nobody else holds a reference to, and fresh memory; old
+    /// pages become frames.
+    Recycled(&'a [u64]),
+    /// Fresh memory alone; old pages are freed.
+    Fresh,
+}
+
+impl<'a> Source<'a> {
+    fn owners(self) -> &'a [u64] {
+        match self {
+            Self::Recycled(owners) => owners,
+            Self::Fresh => &[],
+        }
+    }
+    fn recycles(self) -> bool {
+        matches!(self, Self::Recycled(_))
+    }
 }
 
 impl Pools {
@@ -183,7 +198,7 @@ impl Pools {
             return Ok(extent);
         }
         // All address space holds frames: empty the one that rested longest.
-        let mut extent = arena.take_rested(Duration::ZERO).ok_or(Shortage::Budget)?;
+        let mut extent = arena.take_oldest().ok_or(Shortage::Budget)?;
         self.empty(&mut extent).map_err(|_| Shortage::Memory)?;
         Ok(extent)
     }
@@ -194,30 +209,27 @@ impl Pools {
         node: u32,
         size: FolioSize,
         want: usize,
-        source: Source,
+        source: Source<'_>,
+        may_wait: bool,
     ) -> Result<Extent, Shortage> {
-        if source == Source::Any {
-            if let Some(extent) = self.arena(node, size)?.take_rested(self.config.grace) {
-                return Ok(extent);
-            }
+        let (arena, owners) = (self.arena(node, size)?, source.owners());
+        if let Some(extent) = arena.take_rested(self.config.grace, owners) {
+            return Ok(extent);
+        }
+        if source.recycles() {
             *self.demand.lock() = Some((node, size));
         }
-        match self.fresh(node, size, want) {
-            Ok(extent) => Ok(extent),
-            // Rather wait out the grace period of a frame at rest than fail.
-            Err(shortage) if source == Source::Any => {
-                match self.arena(node, size)?.take_rested(Duration::ZERO) {
-                    Some(extent) => {
-                        std::thread::sleep(
-                            self.config.grace.saturating_sub(extent.rested.elapsed()),
-                        );
-                        Ok(extent)
-                    }
-                    None => Err(shortage),
-                }
-            }
-            Err(shortage) => Err(shortage),
+        let shortage = match self.fresh(node, size, want) {
+            Ok(extent) => return Ok(extent),
+            Err(shortage) => shortage,
+        };
+        // Rather wait out the grace period of a frame at rest than fail; not with holes open.
+        if !may_wait {
+            return Err(shortage);
         }
+        let extent = arena.take_rested(Duration::ZERO, owners).ok_or(shortage)?;
+        std::thread::sleep(self.config.grace.saturating_sub(extent.rested.elapsed()));
+        Ok(extent)
     }
 
     fn fresh(&self, node: u32, size: FolioSize, want: usize) -> Result<Extent, Shortage> {
@@ -244,8 +256,9 @@ impl Pools {
     }
 
     /// Whether a frame of this kind is at rest and may be used.
-    pub(crate) fn has_rested(&self, node: u32, size: FolioSize) -> bool {
-        self.arena(node, size).is_ok_and(|arena| arena.has_rested(self.config.grace))
+    pub(crate) fn has_rested(&self, node: u32, size: FolioSize, source: Source<'_>) -> bool {
+        let ready = |arena: Arc<Arena>| arena.has_rested(self.config.grace, source.owners());
+        self.arena(node, size).is_ok_and(ready)
     }
 
     pub(crate) fn has_one_node(&self) -> bool {
@@ -283,7 +296,7 @@ impl Pools {
     fn free_one_rested(&self) -> bool {
         let arenas: Vec<_> = self.arenas.lock().clone();
         for arena in arenas {
-            if let Some(extent) = arena.take_rested(Duration::ZERO) {
+            if let Some(extent) = arena.take_oldest() {
                 self.free(extent);
                 return true;
             }
@@ -364,12 +377,13 @@ impl Pools {
         matches!(found, Ok((1, _))) && runs[0].end - runs[0].start == HUGE as u64
     }
 
-    /// Gives an extent back. Its frames are kept for the next transaction if `keep` and the
-    /// budget allow, else freed.
-    pub(crate) fn put(&self, extent: Extent, keep: bool) {
+    /// Gives an extent back. Its frames are kept for the next transaction if they are nobody's or
+    /// are recycled, and the budget allows; else they are freed.
+    pub(crate) fn put(&self, extent: Extent, source: Source<'_>) {
         if extent.lost {
             return;
         }
+        let keep = extent.owner.is_none() || source.recycles();
         let over = self.extra_bytes() > self.budget.limit();
         let frames = extent.frames();
         let whole = extent.size == FolioSize::Base || frames == pages_per_extent();
@@ -439,6 +453,7 @@ impl Pools {
         extent.populated = 0;
         extent.mixed = false;
         extent.split = false;
+        extent.owner = None;
         Ok(())
     }
 
@@ -447,7 +462,7 @@ impl Pools {
         let before = self.extra_bytes();
         let arenas: Vec<_> = self.arenas.lock().clone();
         for arena in &arenas {
-            while let Some(extent) = arena.take_rested(Duration::ZERO) {
+            while let Some(extent) = arena.take_oldest() {
                 self.free(extent);
             }
         }
@@ -466,7 +481,7 @@ impl Pools {
         while have < high {
             let Ok(extent) = self.fresh(demand.0, demand.1, pages_per_extent()) else { return };
             have += extent.populated * page;
-            self.put(extent, true);
+            self.put(extent, Source::Fresh);
         }
     }
 }

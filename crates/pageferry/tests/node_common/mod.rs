@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
-use crate::support::{fill, nodes_of};
+use crate::support::{fill, nodes_of, promised};
 use pageferry::{Engine, Folios, Region};
 use pageferry_sys::mm::PreferringNode;
 use pageferry_sys::page_size;
@@ -38,7 +38,7 @@ pub fn fill_on(region: &Region, bytes: Range<usize>, node: NodeId) {
 
 /// A region without a policy of its own whose pages lie on `node`.
 pub fn region_on(engine: &Engine, node: NodeId, bytes: usize, folios: Folios) -> Arc<Region> {
-    let region = engine.map(bytes).folios(folios).build().expect("memory for the test");
+    let region = promised(engine.map(bytes).folios(folios)).build().expect("memory for the test");
     fill_on(&region, 0..bytes, node);
     Arc::new(region)
 }

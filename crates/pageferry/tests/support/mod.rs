@@ -5,7 +5,7 @@
 
 pub mod siege;
 
-use pageferry::{Engine, EngineBuilder, Outcome, Region, Report};
+use pageferry::{Engine, EngineBuilder, Outcome, Region, RegionBuilder, Report};
 use pageferry_sys::pagemap::{Entry, Pagemap};
 use pageferry_sys::{Linux, Sys as _, page_size};
 use pageferry_topology::NodeId;
@@ -28,6 +28,13 @@ pub fn build(builder: EngineBuilder) -> Option<Engine> {
             None
         }
     }
+}
+
+/// A region whose old pages are used again: no test that asks for one gives a system call more of it
+/// than the call needs while it runs.
+pub fn promised(region: RegionBuilder) -> RegionBuilder {
+    // SAFETY: promised by the test, as above.
+    unsafe { region.no_references() }
 }
 
 /// Whether this is a machine of `cargo xtask guest`, perhaps emulated: a tenth as fast, or less.

@@ -4,7 +4,7 @@
 //! unmaps is not taken by somebody else's allocation.
 
 use super::{Racers, next, nodes, value, word};
-use pageferry::{Engine, HUGE, IoPins, Order, Outcome, Region, Report};
+use pageferry::{Engine, HUGE, Order, Outcome, References, Region, Report};
 use pageferry_sys::page_size;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -293,7 +293,7 @@ pub fn siege(
     map_at(start, len);
     advise(start..start + len, if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
     // SAFETY: mapped above, private and anonymous; parts that the test replaces it expects gone.
-    let region = unsafe { engine.adopt(ptr(start).cast(), len, IoPins::Possible) };
+    let region = unsafe { engine.adopt(ptr(start).cast(), len, References::Possible) };
     let region = Arc::new(region.expect("aligned"));
     super::fill(&region, 0..len);
     // Two whole huge pages, and neither end at the boundary of one.

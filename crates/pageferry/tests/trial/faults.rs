@@ -1,6 +1,6 @@
 //! How moves are done in the tests of failing system calls, and what each call can fail with.
 
-use crate::support::{fill, first_node};
+use crate::support::{fill, first_node, promised};
 use pageferry::{Division, Engine, Folios, Frames, MigrateError, Order, Region, Report};
 use pageferry_sys::page_size;
 use std::sync::Arc;
@@ -92,7 +92,8 @@ pub fn region(engine: &Engine, way: Way, pages: usize) -> Arc<Region> {
         Folios::Huge => 4 << 20,
         _ => pages * page_size(),
     };
-    let region = engine.map(bytes).folios(way.folios).build().expect("memory for the test");
+    let region =
+        promised(engine.map(bytes).folios(way.folios)).build().expect("memory for the test");
     fill(&region, 0..bytes);
     Arc::new(region)
 }

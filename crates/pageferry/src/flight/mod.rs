@@ -32,23 +32,20 @@
 //!
 //! Loom checks 1 to 5 (`flight_model`, under `--cfg loom`).
 
+mod notes;
+
 use crate::sync::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, ExclusiveGuard, Gate, Mutex, Ordering,
 };
-use crate::units::overlap;
+use crate::units::{HUGE, overlap};
+use notes::Notes;
 use pageferry_sys::uffd::Event;
 use std::ops::Range;
-use std::time::{Duration, Instant};
 
 /// Pages in one flight at most: a 2 MiB block of 4 KiB pages. Fewer for the model checker, which
 /// looks at every word.
 pub(crate) const MAX_PAGES: usize = if cfg!(loom) { 64 } else { 512 };
 const WORDS: usize = MAX_PAGES / 64;
-
-/// How long a range stays off limits after a `madvise` event whose effect cannot be seen (a page
-/// that was dropped and touched again at once looks as if it had never been dropped). The thread
-/// in `madvise` has been woken by then; it needs one turn on a CPU.
-const QUARANTINE: Duration = Duration::from_secs(1);
 
 /// One flight. Fields are atomics so that the table can be shared; the gate orders them.
 #[derive(Debug, Default)]
@@ -65,8 +62,8 @@ struct Flight {
     any_gone: AtomicBool,
     /// The flight carries one huge folio, whose writers wait.
     huge: AtomicBool,
-    /// Detours there had been when it opened: only later ones took its pages along.
-    seq: AtomicUsize,
+    /// Events there had been when it opened: only later detours took its pages along.
+    since: AtomicUsize,
 }
 
 /// Relaxed everywhere in this module: the gate's lock orders every access between handler and
@@ -82,62 +79,6 @@ impl Flight {
     }
 }
 
-/// A range that was given up by `madvise` but may not have been dropped yet.
-#[derive(Debug)]
-struct Quarantine {
-    range: Range<usize>,
-    /// A page that was there when the event was read: once it is missing, the drop is under way
-    /// beyond it. The last such page is watched.
-    witness: usize,
-    since: Instant,
-}
-
-/// Where a page went by `mremap` while it was in the air.
-#[derive(Clone, Debug)]
-struct Detour {
-    seq: usize,
-    from: Range<usize>,
-    to: usize,
-}
-
-impl Detour {
-    fn target(&self) -> Range<usize> {
-        self.to..self.to + self.from.len()
-    }
-}
-
-#[derive(Debug, Default)]
-struct Rare {
-    quarantines: Vec<Quarantine>,
-    /// In the order in which they happened.
-    detours: Vec<Detour>,
-    unmapped: Vec<Range<usize>>,
-}
-
-impl Rare {
-    /// Where a page is now that was at `addr` when there had been `seq` detours.
-    fn home_of(&self, seq: usize, addr: usize) -> usize {
-        let later = self.detours.iter().filter(|d| d.seq > seq);
-        later.fold(addr, |at, d| if d.from.contains(&at) { d.to + (at - d.from.start) } else { at })
-    }
-
-    /// Where a page was then that is at `addr` now; `None` if what was there has left since.
-    fn origin_of(&self, seq: usize, addr: usize) -> Option<usize> {
-        let later = self.detours.iter().rev().filter(|d| d.seq > seq);
-        later.clone().try_fold(addr, |at, d| {
-            if d.target().contains(&at) {
-                Some(d.from.start + (at - d.to))
-            } else {
-                (!d.from.contains(&at)).then_some(at)
-            }
-        })
-    }
-
-    fn is_empty(&self) -> bool {
-        self.quarantines.is_empty() && self.detours.is_empty() && self.unmapped.is_empty()
-    }
-}
-
 /// What the handler must do about a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -145,8 +86,9 @@ pub(crate) enum Verdict {
     Wait,
     /// Lift the protection; the page was marked dirty if it is in the air.
     Unprotect,
-    /// The page was never there: give it its first content.
-    FirstTouch,
+    /// The page was never there: give it its first content, and those after it that are not there
+    /// either. Up to this address no flight has a page, so that one call can fill them all.
+    FirstTouch(usize),
 }
 
 /// Why a flight cannot open.
@@ -154,9 +96,11 @@ pub(crate) enum Verdict {
 pub(crate) enum Refused {
     /// The range, or part of its huge folio, is being given up by the program.
     Quarantined,
-    /// Part of the range was unmapped or moved away since the move began; whatever is mapped there
-    /// now is not ours.
+    /// The range was unmapped or moved away since the move began; whatever is mapped there now is
+    /// not ours.
     Unmapped,
+    /// A part of a huge folio was: the rest is base pages by now.
+    Torn,
     /// All places are taken.
     Full,
 }
@@ -165,17 +109,29 @@ pub(crate) enum Refused {
 #[derive(Debug)]
 pub(crate) struct FlightId(usize);
 
+/// What [`Flights::open`] gives.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) id: FlightId,
+    /// Pages of the range that were unmapped or moved away since the move began.
+    pub(crate) left: Option<Bits>,
+}
+
 /// All flights of an engine.
 #[derive(Debug)]
 pub(crate) struct Flights {
     gate: Gate,
     slots: Box<[Flight]>,
     page: usize,
-    rare: Mutex<Rare>,
-    /// Detours there ever were.
-    detours: AtomicUsize,
-    /// Set while `rare` holds anything, so that the common path does not lock it.
-    any_rare: AtomicBool,
+    /// One past the highest slot that was ever used.
+    high: AtomicUsize,
+    notes: Mutex<Notes>,
+    /// Events that unmapped or moved something, so far.
+    events: AtomicUsize,
+    /// Looks of the housekeeper, so far ([`Flights::look`]).
+    looks: AtomicU32,
+    /// Set while `notes` holds anything, so that the common path does not lock it.
+    any_notes: AtomicBool,
 }
 
 /// Set bits as runs of pages.
@@ -192,14 +148,21 @@ impl Flights {
             gate: Gate::default(),
             slots,
             page,
-            rare: Mutex::default(),
-            detours: AtomicUsize::new(0),
-            any_rare: AtomicBool::new(false),
+            high: AtomicUsize::new(0),
+            notes: Mutex::new(Notes::with_room()),
+            events: AtomicUsize::new(0),
+            looks: AtomicU32::new(0),
+            any_notes: AtomicBool::new(false),
         }
     }
 
+    /// The slots that were ever used.
+    fn used(&self) -> &[Flight] {
+        &self.slots[..self.high.load(R)]
+    }
+
     /// Opens a flight over `range` (at most [`MAX_PAGES`] pages) without a hole. Pages that are
-    /// being given up are marked as such; a huge folio with any does not fly.
+    /// being given up or have left are marked as such; a huge folio with any does not fly.
     ///
     /// `is_missing` tells whether nothing is mapped at a page; it is asked only about a range
     /// that was given up a moment ago.
@@ -208,13 +171,28 @@ impl Flights {
         range: Range<usize>,
         huge: bool,
         is_missing: impl Fn(usize) -> bool,
-    ) -> Result<FlightId, Refused> {
+    ) -> Result<Opened, Refused> {
         debug_assert!(range.len() <= MAX_PAGES * self.page);
         let _shared = self.gate.shared();
-        let gone = if self.any_rare.load(R) { self.given_up(&range, is_missing)? } else { None };
-        if let Some(gone) = &gone
-            && (huge || (0..range.len() / self.page).all(|page| bit(gone, page)))
-        {
+        let (mut gone, mut left) = (None, None);
+        if self.any_notes.load(R) {
+            let mut notes = self.notes.lock();
+            left = notes.gone(&range, self.page);
+            gone = notes.given_up(&range, self.page, self.looks.load(R), is_missing);
+            self.any_notes.store(!notes.is_empty(), R);
+        }
+        let all = |bits: &Bits| (0..range.len() / self.page).all(|page| bit(bits, page));
+        if let Some(bits) = &left {
+            if all(bits) {
+                return Err(Refused::Unmapped);
+            }
+            if huge {
+                return Err(Refused::Torn);
+            }
+            let gone = gone.get_or_insert([0; WORDS]);
+            gone.iter_mut().zip(bits).for_each(|(gone, left)| *gone |= left);
+        }
+        if gone.as_ref().is_some_and(|gone| huge || all(gone)) {
             return Err(Refused::Quarantined);
         }
         for (index, flight) in self.slots.iter().enumerate() {
@@ -223,18 +201,19 @@ impl Flights {
             let claim =
                 flight.start.compare_exchange(0, range.start, Ordering::Acquire, Ordering::Relaxed);
             if claim.is_ok() {
+                self.high.fetch_max(index + 1, R);
                 flight.hole_start.store(range.start, R);
                 flight.hole_end.store(range.start, R);
                 flight.waiters.store(0, R);
                 flight.any_gone.store(gone.is_some(), R);
                 flight.huge.store(huge, R);
-                flight.seq.store(self.detours.load(R), R);
+                flight.since.store(self.events.load(R), R);
                 flight.dirty.iter().for_each(|word| word.store(0, R));
                 for (word, bits) in flight.gone.iter().zip(gone.unwrap_or([0; WORDS])) {
                     word.store(bits, R);
                 }
                 flight.end.store(range.end, R);
-                return Ok(FlightId(index));
+                return Ok(Opened { id: FlightId(index), left });
             }
         }
         Err(Refused::Full)
@@ -272,16 +251,25 @@ impl Flights {
 
     /// Where the flight's page from `addr` belongs now: elsewhere after `mremap`.
     pub(crate) fn home_of(&self, id: &FlightId, addr: usize) -> usize {
-        if !self.any_rare.load(R) {
+        if !self.any_notes.load(R) {
             return addr;
         }
-        self.rare.lock().home_of(self.slots[id.0].seq.load(R), addr)
+        self.notes.lock().home_of(self.slots[id.0].since.load(R), addr)
+    }
+
+    /// The same where nothing was found: two calls of `mremap` may have been told in the wrong
+    /// order.
+    pub(crate) fn home_in_any_order(&self, id: &FlightId, addr: usize) -> usize {
+        if !self.any_notes.load(R) {
+            return addr;
+        }
+        self.notes.lock().home_in_any_order(self.slots[id.0].since.load(R), addr)
     }
 
     /// Whether pages of the flight may belong elsewhere ([`Flights::home_of`]).
     pub(crate) fn has_detours(&self, id: &FlightId) -> bool {
-        let seq = self.slots[id.0].seq.load(R);
-        self.any_rare.load(R) && self.rare.lock().detours.iter().any(|d| d.seq > seq)
+        let since = self.slots[id.0].since.load(R);
+        self.any_notes.load(R) && self.notes.lock().has_detours(since)
     }
 
     /// Ends the flight; true if somebody must be woken in its range.
@@ -297,56 +285,78 @@ impl Flights {
         waiters
     }
 
-    /// Nothing is mapped at `range`, or nothing of ours: no flight opens over it.
-    #[cfg(not(loom))]
-    pub(crate) fn note_unmapped(&self, range: Range<usize>) {
+    /// A move has `range` registered from now on: what the program does to it is noted.
+    pub(crate) fn watch(&self, range: Range<usize>) {
         let _shared = self.gate.shared();
-        self.rare.lock().unmapped.push(range);
-        self.any_rare.store(true, R);
+        self.notes.lock().watch(range);
     }
 
-    /// Forgets what was unmapped and moved away within a range, and tells where to. Called when
-    /// the move over the range ends.
-    pub(crate) fn forget(&self, within: &Range<usize>) -> Vec<Range<usize>> {
-        if !self.any_rare.load(R) {
-            return Vec::new();
-        }
-        let mut rare = self.rare.lock();
-        let mut taken = Vec::new();
-        rare.detours.retain(|d| {
-            let ours = overlap(&d.from, within) || overlap(&d.target(), within);
-            if ours {
-                taken.push(d.target());
-            }
-            !ours
-        });
-        rare.unmapped.retain(|r| !overlap(r, within));
-        self.any_rare.store(!rare.is_empty(), R);
-        taken
+    /// The number of the last event that was acted on. All that were read before this is called
+    /// have been.
+    pub(crate) fn events(&self) -> usize {
+        let _shared = self.gate.shared();
+        self.events.load(R)
     }
 
-    /// The pages of a range that are being given up (`None`: no page is).
-    fn given_up(
-        &self,
-        range: &Range<usize>,
-        is_missing: impl Fn(usize) -> bool,
-    ) -> Result<Option<Bits>, Refused> {
-        let mut rare = self.rare.lock();
-        rare.quarantines.retain(|q| q.since.elapsed() < QUARANTINE && !is_missing(q.witness));
-        self.any_rare.store(!rare.is_empty(), R);
-        let left = rare.detours.iter().map(|d| &d.from).chain(&rare.unmapped);
-        if left.clone().any(|r| overlap(r, range)) {
-            return Err(Refused::Unmapped);
+    /// `range` was seen to be registered when event number `until` had been acted on: what that
+    /// event and those before it told is no longer so.
+    pub(crate) fn note_registered(&self, range: &Range<usize>, until: usize) {
+        let _shared = self.gate.shared();
+        let mut notes = self.notes.lock();
+        notes.return_(range, until);
+        self.any_notes.store(!notes.is_empty(), R);
+    }
+
+    /// Nothing is mapped at `range`, or nothing of ours: no flight opens over it.
+    pub(crate) fn note_unmapped(&self, range: &Range<usize>) {
+        let _shared = self.gate.shared();
+        let event = self.events.fetch_add(1, R) + 1;
+        self.notes.lock().leave(range, event);
+        self.any_notes.store(true, R);
+    }
+
+    /// A move over a range that it had registered ends. Returns what no other move has registered;
+    /// of that, everything is forgotten.
+    pub(crate) fn unwatch(&self, range: &Range<usize>) -> Vec<Range<usize>> {
+        let _shared = self.gate.shared();
+        let mut notes = self.notes.lock();
+        let parts = notes.unwatch(range);
+        for part in &parts {
+            notes.return_(part, usize::MAX);
         }
-        let mut gone = None;
-        for quarantine in rare.quarantines.iter().filter(|q| overlap(&q.range, range)) {
-            let gone = gone.get_or_insert([0; WORDS]);
-            let pages = range.clone().step_by(self.page).enumerate();
-            for (page, _) in pages.filter(|(_, addr)| quarantine.range.contains(addr)) {
-                gone[page / 64] |= 1 << (page % 64);
-            }
-        }
-        Ok(gone)
+        self.any_notes.store(!notes.is_empty(), R);
+        parts
+    }
+
+    /// The parts of a range that no move has registered, and where no page in the air is at home,
+    /// by all events that were read before this is called.
+    pub(crate) fn unwatched(&self, range: Range<usize>) -> Vec<Range<usize>> {
+        let _shared = self.gate.shared();
+        self.notes.lock().unwatched(range)
+    }
+
+    /// Where `mremap` took what was registered, as far as no open flight has a page there: to be
+    /// unregistered.
+    pub(crate) fn take_strays(&self) -> Vec<Range<usize>> {
+        let _shared = self.gate.shared();
+        let open = self.used().iter().filter(|flight| flight.start.load(R) != 0);
+        let until = open.map(|flight| flight.since.load(R)).min().unwrap_or(usize::MAX);
+        let mut notes = self.notes.lock();
+        let strays = notes.end_detours(until);
+        self.any_notes.store(!notes.is_empty(), R);
+        strays
+    }
+
+    /// The housekeeper looks: see [`notes::LOOKS`]. True as long as there is something to look
+    /// after.
+    pub(crate) fn look(&self) -> bool {
+        let looks = self.looks.fetch_add(1, R) + 1;
+        let _shared = self.gate.shared();
+        let mut notes = self.notes.lock();
+        notes.reserve();
+        let held = notes.expire(looks);
+        self.any_notes.store(!notes.is_empty(), R);
+        held || notes.has_strays()
     }
 
     /// Takes the gate for the handler. Messages are read and acted on while this is held.
@@ -363,46 +373,45 @@ pub(crate) struct Handling<'a> {
 
 impl Handling<'_> {
     /// Marks what the event says. For a fault, the verdict must be carried out before the gate
-    /// is let go. `last_present` tells the last mapped page of a range.
+    /// is let go, or asked for again ([`Handling::judge`]). `last_present` calls its second
+    /// argument with each part of a range, within one block, in which a page is mapped, and with
+    /// the last such page.
     pub(crate) fn on(
         &self,
         event: Event,
-        last_present: impl Fn(Range<usize>) -> Option<usize>,
+        last_present: impl Fn(Range<usize>, &mut dyn FnMut(Range<usize>, usize)),
     ) -> Option<(usize, Verdict)> {
         match event {
             Event::Fault { addr, protected, .. } => {
                 let page = addr & !(self.flights.page - 1);
-                Some((page, self.fault(page, protected)))
+                return Some((page, self.judge(page, protected)));
             }
             Event::Remove { start, end } => {
                 self.mark_gone(&(start..end));
-                if let Some(witness) = last_present(start..end) {
-                    let since = Instant::now();
-                    let mut rare = self.flights.rare.lock();
-                    rare.quarantines.push(Quarantine { range: start..end, witness, since });
-                    self.flights.any_rare.store(true, R);
-                }
-                None
+                let looks = self.flights.looks.load(R);
+                let page = self.flights.page;
+                last_present(start..end, &mut |part, witness| {
+                    self.flights.notes.lock().quarantine(&part, witness, page, looks);
+                });
             }
             Event::Unmap { start, end } => {
                 self.mark_gone(&(start..end));
-                self.flights.rare.lock().unmapped.push(start..end);
-                self.flights.any_rare.store(true, R);
-                None
+                let event = self.flights.events.fetch_add(1, R) + 1;
+                self.flights.notes.lock().leave(&(start..end), event);
             }
             Event::Remap { from, to, len } => {
-                let mut rare = self.flights.rare.lock();
-                let seq = self.flights.detours.fetch_add(1, R) + 1;
-                rare.detours.push(Detour { seq, from: from..from + len, to });
-                self.flights.any_rare.store(true, R);
-                None
+                let event = self.flights.events.fetch_add(1, R) + 1;
+                self.flights.notes.lock().detour(from..from + len, to, event);
             }
         }
+        self.flights.any_notes.store(!self.flights.notes.lock().is_empty(), R);
+        None
     }
 
-    fn fault(&self, page: usize, protected: bool) -> Verdict {
+    /// What must be done about a fault now.
+    pub(crate) fn judge(&self, page: usize, protected: bool) -> Verdict {
         let mut home = page;
-        let flight = self.flights.slots.iter().find(|flight| {
+        let flight = self.flights.used().iter().find(|flight| {
             home = self.origin_of(flight, page).unwrap_or(0);
             flight.range().contains(&home)
         });
@@ -424,12 +433,23 @@ impl Handling<'_> {
             // It was not there to be protected, so its first content counts as a write.
             Some(flight) => {
                 self.mark_dirty(flight, home);
-                Verdict::FirstTouch
+                Verdict::FirstTouch(page + self.flights.page)
             }
             // Whoever opens a flight protects its pages afterwards, so this undoes nothing.
             None if protected => Verdict::Unprotect,
-            None => Verdict::FirstTouch,
+            None => Verdict::FirstTouch(self.clear_until(page)),
         }
+    }
+
+    /// Up to where, from a page that no flight has, no flight has any.
+    fn clear_until(&self, page: usize) -> usize {
+        // Pages that are at home elsewhere are not looked for.
+        if self.flights.any_notes.load(R) && self.flights.notes.lock().has_detours(0) {
+            return page + self.flights.page;
+        }
+        let block = (page & !(HUGE - 1)) + HUGE;
+        let next = self.flights.used().iter().map(Flight::range);
+        next.filter(|r| !r.is_empty() && r.start > page).fold(block, |end, r| end.min(r.start))
     }
 
     fn mark_dirty(&self, flight: &Flight, home: usize) {
@@ -439,22 +459,22 @@ impl Handling<'_> {
 
     /// The address that the page at `addr` had when the flight opened.
     fn origin_of(&self, flight: &Flight, addr: usize) -> Option<usize> {
-        if !self.flights.any_rare.load(R) {
+        if !self.flights.any_notes.load(R) {
             return Some(addr);
         }
-        self.flights.rare.lock().origin_of(flight.seq.load(R), addr)
+        self.flights.notes.lock().origin_of(flight.since.load(R), addr)
     }
 
     fn mark_gone(&self, range: &Range<usize>) {
-        let rare = self.flights.rare.lock();
-        for flight in &self.flights.slots {
-            let seq = flight.seq.load(R);
-            let moved = rare.detours.iter().any(|d| d.seq > seq);
+        let notes = self.flights.notes.lock();
+        for flight in self.flights.used() {
+            let since = flight.since.load(R);
+            let moved = notes.has_detours(since);
             if !moved && !overlap(&flight.range(), range) {
                 continue;
             }
             for (index, addr) in flight.range().step_by(self.flights.page).enumerate() {
-                let home = if moved { rare.home_of(seq, addr) } else { addr };
+                let home = if moved { notes.home_of(since, addr) } else { addr };
                 if range.contains(&home) {
                     flight.gone[index / 64].fetch_or(1 << (index % 64), R);
                     flight.any_gone.store(true, R);
