@@ -77,14 +77,7 @@ pub(crate) fn map(len: usize, align: usize) -> Result<usize, Errno> {
             libc::munmap(tail, raw + room - (start + len));
         }
     }
-    // Under MCL_FUTURE the range is born locked; made writable while locked, it would be populated.
-    // SAFETY: munlock and mprotect of the mapping just made.
-    let ret = unsafe {
-        libc::munlock(std::ptr::without_provenance(start), len);
-        let rw = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mprotect(std::ptr::without_provenance_mut(start), len, rw)
-    };
-    if let Err(e) = Errno::result(ret.into()) {
+    if let Err(e) = unlock_and_open(start, len) {
         // SAFETY: as above; nobody has seen the mapping.
         unsafe { libc::munmap(std::ptr::without_provenance_mut(start), len) };
         return Err(e);
@@ -96,11 +89,25 @@ pub(crate) fn map(len: usize, align: usize) -> Result<usize, Errno> {
 /// The range belongs to the caller, and its content is given up.
 pub(crate) unsafe fn map_over(start: usize, len: usize) -> Result<(), Errno> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let at = std::ptr::without_provenance_mut(start);
     // SAFETY: promised by the caller.
-    let raw =
-        unsafe { libc::mmap(std::ptr::without_provenance_mut(start), len, prot, flags, -1, 0) };
-    if raw == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
+    let raw = unsafe { libc::mmap(at, len, libc::PROT_NONE, flags, -1, 0) };
+    if raw == libc::MAP_FAILED {
+        return Err(Errno::last());
+    }
+    unlock_and_open(start, len)
+}
+
+/// Makes a new mapping writable. Under `MCL_FUTURE` it is born locked; made writable while locked,
+/// it would be populated.
+fn unlock_and_open(start: usize, len: usize) -> Result<(), Errno> {
+    // SAFETY: munlock and mprotect of a mapping that was just made, and that nobody uses.
+    let ret = unsafe {
+        libc::munlock(std::ptr::without_provenance(start), len);
+        let rw = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mprotect(std::ptr::without_provenance_mut(start), len, rw)
+    };
+    Errno::result(ret.into()).map(drop)
 }
 
 /// # Safety

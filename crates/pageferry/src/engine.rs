@@ -388,6 +388,7 @@ fn look_after_pools(inner: &Inner, stopping: &AtomicBool) {
                 pools.refill(demand, pools.budget() / 8, pools.budget() / 4);
             }
             registered::tidy(&inner.ctx);
+            pools.renew();
             let held = look_after_notes(&inner.ctx);
             let busy = held || !inner.claims.lock().is_empty();
             if !busy && inner.last_move.lock().elapsed() >= inner.idle_release {

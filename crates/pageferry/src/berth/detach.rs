@@ -96,6 +96,16 @@ impl Berth<'_> {
                 }
                 libc::EINVAL => Outcome::Busy(Busy::Mapping),
                 libc::EFAULT => Outcome::Busy(Busy::Guarded),
+                // Something is in the slot: the program has locked all its memory, and so
+                // populated it. Another extent may be empty.
+                libc::EEXIST => {
+                    if let Some(empties) = &mut self.empties {
+                        empties.split = true;
+                    }
+                    self.ctx.pools.note_populated();
+                    self.outcome[page..piece.end].fill(Outcome::Busy(Busy::Contended));
+                    break;
+                }
                 errno => Outcome::Busy(Busy::Other(errno)),
             };
             // Without a reason of its own, a huge folio stays as a whole; a run of shared pages

@@ -3,6 +3,7 @@
 use crate::sync::Mutex;
 use crate::units::{FolioSize, HUGE};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// 2 MiB of pool address space. Pages `lo..hi` are populated, unless `mixed`.
@@ -53,13 +54,15 @@ pub(crate) fn pages_per_extent() -> usize {
 pub(super) struct Arena {
     pub(super) node: u32,
     pub(super) size: FolioSize,
-    pub(super) start: usize,
-    pub(super) len: usize,
+    /// Extents at most.
+    most: usize,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
+    /// Address space, in the order in which it came.
+    spans: Vec<Range<usize>>,
     empty: Vec<Empty>,
     /// Populated extents, the longest rested first.
     rested: VecDeque<Extent>,
@@ -75,6 +78,10 @@ impl State {
     }
 }
 
+/// Extents of address space that an arena grows by: so that little is populated if the program
+/// locks all its memory (`mlockall(2)`).
+const STEP: usize = 16;
+
 /// An extent that holds nothing.
 #[derive(Clone, Copy, Debug)]
 struct Empty {
@@ -83,11 +90,40 @@ struct Empty {
 }
 
 impl Arena {
-    pub(super) fn new(node: u32, size: FolioSize, start: usize, extents: usize) -> Self {
-        let addrs = (0..extents).rev().map(|i| start + i * HUGE);
-        let empty = addrs.map(|addr| Empty { addr, registered: false }).collect();
-        let state = Mutex::new(State { empty, rested: VecDeque::with_capacity(extents) });
-        Self { node, size, start, len: extents * HUGE, state }
+    /// An arena of up to `most` extents, without any to begin with.
+    pub(super) fn new(node: u32, size: FolioSize, most: usize) -> Self {
+        let state = State {
+            spans: Vec::with_capacity(most.div_ceil(STEP)),
+            empty: Vec::with_capacity(most),
+            rested: VecDeque::with_capacity(most),
+        };
+        Self { node, size, most, state: Mutex::new(state) }
+    }
+
+    /// How many extents it may grow by now.
+    pub(super) fn growth(&self) -> usize {
+        let state = self.state.lock();
+        let have: usize = state.spans.iter().map(|span| span.len() / HUGE).sum();
+        STEP.min(self.most.saturating_sub(have))
+    }
+
+    /// Adds address space.
+    pub(super) fn grow(&self, span: Range<usize>) {
+        let mut state = self.state.lock();
+        let addrs = span.clone().step_by(HUGE).rev();
+        state.empty.extend(addrs.map(|addr| Empty { addr, registered: false }));
+        state.spans.push(span);
+    }
+
+    /// All its address space.
+    pub(super) fn spans(&self) -> Vec<Range<usize>> {
+        self.state.lock().spans.clone()
+    }
+
+    /// Takes all extents that hold nothing.
+    pub(super) fn take_all_empty(&self) -> Vec<Extent> {
+        let empty = std::mem::take(&mut self.state.lock().empty);
+        empty.into_iter().map(|empty| self.extent(empty)).collect()
     }
 
     pub(super) fn is_of(&self, node: u32, size: FolioSize) -> bool {
@@ -173,7 +209,8 @@ mod tests {
 
     #[test]
     fn old_pages_are_given_to_their_own_region_alone_and_fresh_ones_to_all() {
-        let arena = Arena::new(0, FolioSize::Base, HUGE, 4);
+        let arena = Arena::new(0, FolioSize::Base, 4);
+        arena.grow(HUGE..5 * HUGE);
         let rest = |owner| {
             let mut extent = arena.take_empty(false).expect("four");
             (extent.hi, extent.populated, extent.owner) = (1, 1, owner);
@@ -194,7 +231,8 @@ mod tests {
 
     #[test]
     fn what_rested_shortest_but_long_enough_is_taken_first() {
-        let arena = Arena::new(0, FolioSize::Base, HUGE, 4);
+        let arena = Arena::new(0, FolioSize::Base, 4);
+        arena.grow(HUGE..5 * HUGE);
         for _ in 0..3 {
             let mut extent = arena.take_empty(false).expect("four");
             (extent.hi, extent.populated) = (1, 1);

@@ -18,7 +18,11 @@ struct Pool {
 impl Pool {
     fn new(extents: usize, frames: usize) -> Self {
         Self {
-            arena: Arena::new(0, FolioSize::Base, 0, extents),
+            arena: {
+                let arena = Arena::new(0, FolioSize::Base, extents);
+                arena.grow(0..extents * HUGE);
+                arena
+            },
             budget: Budget::new(frames),
             owned: (0..extents).map(|_| AtomicBool::new(false)).collect(),
         }

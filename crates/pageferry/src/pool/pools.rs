@@ -57,6 +57,8 @@ pub(crate) struct Pools {
     pid: u32,
     /// A device may still write to a frame: the arenas are never unmapped.
     lost: AtomicBool,
+    /// Empty extents may hold pages.
+    populated: AtomicBool,
     /// What the cgroup was last seen to allow, so that it need not be asked each time.
     allowance: Mutex<Allowance>,
     /// The pool that last had no frame at rest when one was wanted; the refill thread fills it.
@@ -100,6 +102,7 @@ impl Pools {
             arenas: Mutex::default(),
             pid: std::process::id(),
             lost: AtomicBool::new(false),
+            populated: AtomicBool::new(false),
             allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
             demand: Mutex::new(None),
         })
@@ -136,17 +139,45 @@ impl Pools {
         if let Some(arena) = arenas.iter().find(|a| a.is_of(node, size)) {
             return Ok(Arc::clone(arena));
         }
-        let extents = self.config.budget / HUGE * 2 + IN_FLIGHT;
-        let len = extents * HUGE;
+        let most = self.config.budget / HUGE * 2 + IN_FLIGHT;
+        let arena = Arc::new(Arena::new(node, size, most));
+        self.grow(&arena)?;
+        arenas.push(Arc::clone(&arena));
+        Ok(arena)
+    }
+
+    /// Maps more address space for an arena; false if it has all that it may have.
+    fn grow(&self, arena: &Arena) -> Result<bool, Shortage> {
+        let len = arena.growth() * HUGE;
+        if len == 0 {
+            return Ok(false);
+        }
         let start = self.sys.map(len, HUGE).map_err(|_| Shortage::Memory)?;
-        if self.prepare(start, len, node, size).is_err() {
+        if self.prepare(start, len, arena.node, arena.size).is_err() {
             // SAFETY: mapped above and known to nobody else.
             let _ = unsafe { self.sys.unmap(start, len) };
             return Err(Shortage::Memory);
         }
-        let arena = Arc::new(Arena::new(node, size, start, extents));
-        arenas.push(Arc::clone(&arena));
-        Ok(arena)
+        arena.grow(start..start + len);
+        Ok(true)
+    }
+
+    /// Something was found where nothing should be: the program has locked all its memory, which
+    /// populates it ([`Pools::renew`]).
+    pub(crate) fn note_populated(&self) {
+        self.populated.store(true, Ordering::Relaxed);
+    }
+
+    /// After [`Pools::note_populated`]: maps all empty address space anew, so that what was
+    /// populated there is freed, and none of it is locked.
+    pub(crate) fn renew(&self) {
+        if !self.populated.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let arenas: Vec<_> = self.arenas.lock().clone();
+        for extent in arenas.iter().flat_map(|arena| arena.take_all_empty()) {
+            self.free(Extent { split: true, ..extent });
+        }
     }
 
     /// Advice and policy of new pool address space.
@@ -194,8 +225,13 @@ impl Pools {
     }
 
     fn take_slot(&self, arena: &Arena, registered: bool) -> Result<Extent, Shortage> {
-        if let Some(extent) = arena.take_empty(registered) {
-            return Ok(extent);
+        loop {
+            if let Some(extent) = arena.take_empty(registered) {
+                return Ok(extent);
+            }
+            if !self.grow(arena)? {
+                break;
+            }
         }
         // All address space holds frames: empty the one that rested longest.
         let mut extent = arena.take_oldest().ok_or(Shortage::Budget)?;
@@ -494,9 +530,11 @@ impl Drop for Pools {
         }
         for arena in self.arenas.get_mut().drain(..) {
             // Nobody reads events any more, and unmapping what is registered would wait for that.
-            if self.sys.unregister(&self.uffd, arena.start, arena.len).is_ok() {
-                // SAFETY: the engine is going: no transaction holds an extent, and no device.
-                let _ = unsafe { self.sys.unmap(arena.start, arena.len) };
+            for span in arena.spans() {
+                if self.sys.unregister(&self.uffd, span.start, span.len()).is_ok() {
+                    // SAFETY: the engine is going: no transaction holds an extent, and no device.
+                    let _ = unsafe { self.sys.unmap(span.start, span.len()) };
+                }
             }
         }
     }

@@ -30,6 +30,15 @@ pub fn build(builder: EngineBuilder) -> Option<Engine> {
     }
 }
 
+/// Tells threads to stop, also where the one that tells them fails.
+pub struct StopOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A region whose old pages are used again: no test that asks for one gives a system call more of it
 /// than the call needs while it runs.
 pub fn promised(region: RegionBuilder) -> RegionBuilder {
