@@ -161,6 +161,15 @@ pub(crate) fn prefer_node(start: usize, len: usize, node: u32) -> Result<(), Err
     Errno::result(ret).map(drop)
 }
 
+/// Whether the machine has swap space now (`sysinfo(2)`); true where that cannot be told.
+pub fn has_swap() -> bool {
+    // SAFETY: all fields may be zero, and the kernel writes the structure that it is given.
+    unsafe {
+        let mut info: libc::sysinfo = std::mem::zeroed();
+        libc::sysinfo(&mut info) != 0 || info.totalswap > 0
+    }
+}
+
 /// The calling thread's memory policy, put back when this is dropped (`set_mempolicy(2)`).
 #[derive(Debug)]
 pub struct PreferringNode {

@@ -34,6 +34,9 @@ pub(crate) struct Context {
     pub(crate) registering: Mutex<()>,
     /// What `PAGEMAP_SCAN` can tell here about a page (guard markers: since 6.15).
     pub(crate) tells: AtomicU64,
+    /// There was swap space when the last move began. Without it, what the page table calls swapped
+    /// is a page that the kernel is migrating.
+    pub(crate) swap: AtomicBool,
     /// Lists of copies that no batch uses now.
     pub(crate) spare_batches: Mutex<Vec<Arc<CopyBatch>>>,
     pub(crate) policy: Policy,

@@ -294,6 +294,7 @@ impl EngineBuilder {
             maps,
             registering: Mutex::default(),
             tells: AtomicU64::new(0),
+            swap: AtomicBool::new(false),
             spare_batches: Mutex::default(),
             policy: Policy::new(),
             forks: ForkGate::new(),

@@ -85,6 +85,8 @@ impl Job {
     /// Moves everything. The ranges in `blocks` are ours.
     pub(crate) fn run(&self, blocks: &[Range<usize>]) -> Result<Report, Errno> {
         let started = Instant::now();
+        // Relaxed: read by this move's threads, which begin later.
+        self.ctx.swap.store(pageferry_sys::mm::has_swap(), Ordering::Relaxed);
         // Write protection is for live order; its registration costs a walk over all pages at the
         // end, so frozen moves go without.
         let live = self.wish.order != Some(Order::Frozen)

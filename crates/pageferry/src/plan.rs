@@ -66,6 +66,11 @@ struct Cursor {
     ready: VecDeque<Segment>,
 }
 
+/// What `PAGEMAP_SCAN` can tell here.
+fn tells(ctx: &Context) -> Categories {
+    Categories::from_bits_truncate(ctx.tells.load(Ordering::Relaxed))
+}
+
 /// Gives out segments until all ranges are done. Legs (there are two in an exchange) take turns,
 /// so that one's old pages are the other's frames.
 #[derive(Debug)]
@@ -78,6 +83,9 @@ pub(crate) struct Planner {
     /// Reused by every query for nodes.
     pages: Vec<usize>,
     nodes: Vec<i32>,
+    /// In swap, or under migration by the kernel, when they were looked at, with their leg: looked
+    /// at once more at the end.
+    swapped: Vec<(usize, Range<usize>)>,
     /// To be tried once more at the end.
     again: VecDeque<Segment>,
     returned: VecDeque<Segment>,
@@ -106,6 +114,7 @@ impl Planner {
             runs: Box::new([Run::EMPTY; RUNS]),
             pages: Vec::with_capacity(MAX_PAGES),
             nodes: Vec::with_capacity(MAX_PAGES),
+            swapped: Vec::new(),
             again: VecDeque::new(),
             returned: VecDeque::new(),
         }
@@ -129,8 +138,45 @@ impl Planner {
                 return Some(self.cut_ready(turn, segment, limit));
             }
         }
+        if !self.swapped.is_empty() {
+            self.look_at_swapped(ctx, tally);
+            return self.next(ctx, limit, tally);
+        }
         let segment = self.again.pop_front()?;
         Some(self.cut(segment, limit))
+    }
+
+    /// What is in swap still stays there: to fetch it would take memory that the kernel has freed,
+    /// and, once it is taken out of its place, keep whoever waits for it waiting for a disk.
+    fn look_at_swapped(&mut self, ctx: &Context, tally: &mut Tally) {
+        let (there, tell) = (Categories::PRESENT | Categories::SWAPPED, tells(ctx));
+        for (turn, range) in std::mem::take(&mut self.swapped) {
+            let mut at = range.start;
+            while at < range.end {
+                let (start, end) = (at, range.end);
+                let scan = ctx.sys.scan(&ctx.pagemap, start, end, there, tell, &mut self.runs[..]);
+                let Ok((count, ended)) = scan else { break };
+                for i in 0..count {
+                    let run = self.runs[i];
+                    let clip = |v: u64| usize::try_from(v).unwrap_or(end).clamp(at, end);
+                    let (from, to) = (clip(run.start), clip(run.end));
+                    tally.outcome(at..from, Outcome::NotPresent);
+                    if run.categories().contains(Categories::SWAPPED) {
+                        tally.outcome(from..to, Outcome::Swapped);
+                    } else {
+                        self.add_run(ctx, turn, from..to, run.categories(), tally);
+                    }
+                    at = to;
+                }
+                let ended = ended.clamp(at, end);
+                tally.outcome(at..ended, Outcome::NotPresent);
+                if ended <= start {
+                    break;
+                }
+                at = ended;
+            }
+            tally.outcome(at..range.end, Outcome::Swapped);
+        }
     }
 
     fn cut(&mut self, mut segment: Segment, limit: usize) -> Segment {
@@ -163,6 +209,7 @@ impl Planner {
     pub(crate) fn is_finished(&self) -> bool {
         self.returned.is_empty()
             && self.again.is_empty()
+            && self.swapped.is_empty()
             && self.cursors.iter().all(|c| c.ready.is_empty() && c.range >= c.leg.ranges.len())
     }
 
@@ -170,6 +217,9 @@ impl Planner {
     pub(crate) fn give_up(&mut self, outcome: Outcome, tally: &mut Tally) {
         for segment in self.returned.drain(..).chain(self.again.drain(..)) {
             tally.outcome(segment.range, outcome);
+        }
+        for (_, range) in self.swapped.drain(..) {
+            tally.outcome(range, outcome);
         }
         for cursor in &mut self.cursors {
             for segment in cursor.ready.drain(..) {
@@ -214,7 +264,8 @@ impl Planner {
         // Whether a page is a file's is not asked: the kernel would look at every struct page,
         // which costs 50 ns a page; detach tells it for nothing.
         let there = Categories::PRESENT | Categories::SWAPPED;
-        let tell = Categories::from_bits_truncate(ctx.tells.load(Ordering::Relaxed));
+        let tell = tells(ctx);
+        let swap = ctx.swap.load(Ordering::Relaxed);
         let mut tries = 0;
         let (count, mut ended) = loop {
             let (start, end) = (window.start, window.end);
@@ -247,7 +298,12 @@ impl Planner {
             }
             tally.outcome(at..range.start, Outcome::NotPresent);
             at = range.end;
-            self.add_run(ctx, turn, range, run.categories(), tally);
+            let is = run.categories();
+            if swap && is.contains(Categories::SWAPPED) && !is.contains(Categories::GUARD) {
+                self.swapped.push((turn, range));
+            } else {
+                self.add_run(ctx, turn, range, is, tally);
+            }
         }
         tally.outcome(at..ended, Outcome::NotPresent);
         ended

@@ -20,7 +20,8 @@ pub enum Busy {
     /// outside needs `CAP_SYS_NICE` for it.
     Shared,
     /// The mapping differs from the engine's frames in a way that the kernel does not move
-    /// pages across: locked by `mlock`, or not writable.
+    /// pages across: locked by `mlock`, or with other rights than to read and write (read-only,
+    /// executable, a protection key).
     Mapping,
     /// A guard marker or a page with a memory error stands there.
     Guarded,
@@ -65,9 +66,11 @@ pub enum Outcome {
     Moved,
     /// It was on the destination before.
     AlreadyThere,
-    /// Nothing is there that could move: never touched, given back, swapped out, or the shared zero
-    /// page.
+    /// Nothing is there that could move: never touched, given back, or the shared zero page. (By
+    /// the kernel's way, also: swapped out.)
     NotPresent,
+    /// It stayed in swap, on no node. When the program needs it again, its policy places it.
+    Swapped,
     /// It stayed, unharmed.
     Busy(Busy),
     /// It stayed, for want of a frame.
@@ -100,6 +103,7 @@ impl Outcome {
             Self::Moved
                 | Self::AlreadyThere
                 | Self::NotPresent
+                | Self::Swapped
                 | Self::Gone
                 | Self::NotAsked
                 | Self::Young
@@ -115,11 +119,14 @@ impl fmt::Display for Outcome {
             Self::Moved => "moved",
             Self::AlreadyThere => "already there",
             Self::NotPresent => "not present",
+            Self::Swapped => "in swap",
             Self::Busy(Busy::Pinned) => "busy: pinned for device access",
             Self::Busy(Busy::Shared) => {
                 "busy: shared with other processes (from outside it needs CAP_SYS_NICE)"
             }
-            Self::Busy(Busy::Mapping) => "busy: locked or not writable",
+            Self::Busy(Busy::Mapping) => {
+                "busy: locked, or mapped otherwise than for reading and writing"
+            }
             Self::Busy(Busy::Guarded) => "busy: guard page or memory error",
             Self::Busy(Busy::Discarding) => "busy: being discarded",
             Self::Busy(Busy::PartOfHuge) => "busy: part of a huge page",

@@ -107,7 +107,7 @@ fn pages_that_are_given_up_and_touched_all_the_time_do_not_keep_the_others_from_
             let mut n = 0usize;
             while !stop.load(Ordering::Relaxed) {
                 n += 1;
-                let page = n.wrapping_mul(7919) % pages & !7;
+                let page = (n.wrapping_mul(7919) % pages) & !7;
                 let at = region.addr() + page * page_size();
                 assert!(advise(at..at + page_size(), libc::MADV_DONTNEED));
                 let first = word(&region, page * page_size() / 8);

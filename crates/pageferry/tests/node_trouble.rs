@@ -5,14 +5,13 @@ mod node_common;
 mod support;
 mod trial;
 
-use node_common::{number, region_on, several, vmstat};
+use node_common::{region_on, several, vmstat};
 use pageferry::{Folios, Frames, HUGE, Order, Outcome, Shortage};
 use pageferry_sys::page_size;
-use pageferry_sys::pagemap::{Entry, Pagemap};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 use support::siege::{advise, errno, readable};
-use support::{Racers, check, engine, is_guest, nodes_of, on_their_node, sized};
+use support::{check, engine, is_guest, on_their_node, sized};
 use trial::{Watchdog, accounted_whole};
 
 /// A node with less free memory than this can be filled by a test.
@@ -171,43 +170,5 @@ fn memory_errors_that_come_up_during_moves_cost_their_own_pages_only() {
                 check(&region, page..page + page_size());
             }
         }
-    }
-}
-
-#[test]
-fn pages_in_swap_keep_their_content_and_each_has_an_outcome() {
-    let Some(engine) = engine() else { return };
-    let Some(nodes) = several(&engine) else { return };
-    let bytes = 2 * HUGE;
-    for (folios, order) in
-        [(Folios::Base, Order::Frozen), (Folios::Base, Order::Live), (Folios::Huge, Order::Live)]
-    {
-        let region = region_on(&engine, nodes[0], bytes, folios);
-        let out = region.addr() + bytes / 4..region.addr() + 3 * bytes / 4;
-        if !advise(out, libc::MADV_PAGEOUT) {
-            return eprintln!("skipped: this kernel has no MADV_PAGEOUT");
-        }
-        let mut entries = vec![Entry(0); bytes / page_size()];
-        Pagemap::open().expect("procfs").entries(region.addr(), &mut entries).expect("mapped");
-        let swapped = entries.iter().filter(|e| e.swapped()).count();
-        if swapped == 0 {
-            return eprintln!("skipped: nothing went to swap; is there any?");
-        }
-        let racers = Racers::start_on(&region, std::slice::from_ref(&(0..bytes / 8)), 1, 1);
-        let report = engine.migrate(region.to(nodes[1])).order(order).run().expect("a move");
-        racers.finish();
-        let what = format!("{folios:?} {order:?}, {swapped} in swap: {:?}", report.by_outcome());
-        accounted_whole(&report, &region);
-        on_their_node(&region, &report, nodes[1]);
-        assert!(report.bytes(|o| o == Outcome::NotPresent) == 0, "a page was passed over: {what}");
-        let settled = report.bytes(|o| matches!(o, Outcome::Moved | Outcome::Busy(_)));
-        assert_eq!(settled, bytes as u64, "{what}");
-        check(&region, bytes / 8..bytes);
-        // They are all in memory now: a second move has nothing in its way.
-        let report = engine.migrate(region.to(nodes[1])).order(order).run().expect("a move");
-        assert!(report.is_complete(), "{what}, then {:?}", report.by_outcome());
-        let wanted = number(nodes[1]);
-        assert!(nodes_of(&region).iter().all(|&n| n == wanted), "{what}");
-        check(&region, bytes / 8..bytes);
     }
 }

@@ -97,14 +97,16 @@ impl Berth<'_> {
         let mut patience = PLACE_TRIES;
         while page < run.end {
             let keep = bit(&self.failed, page);
-            let same = |i: &usize| bit(&self.failed, *i) == keep;
+            let swapped = bit(&self.swapped, page);
+            let same =
+                |i: &usize| bit(&self.failed, *i) == keep && bit(&self.swapped, *i) == swapped;
             let end = page + (page..run.end).take(limit).take_while(same).count();
             let (step, gone) = self.put_in(page..end, keep);
             let done = step.done / page_size();
             if done > 0 {
                 let outcome = match (gone, keep) {
                     (true, _) => Outcome::Gone,
-                    (false, true) => self.kept(),
+                    (false, true) => self.kept(page),
                     (false, false) => Outcome::Moved,
                 };
                 let stays = keep || gone || self.kernel_copy;
@@ -191,7 +193,10 @@ impl Berth<'_> {
     }
 
     /// The outcome of a page whose original went back.
-    fn kept(&self) -> Outcome {
+    fn kept(&self, page: usize) -> Outcome {
+        if bit(&self.swapped, page) {
+            return Outcome::Swapped;
+        }
         if self.kernel_copy { Outcome::NoFrame(Shortage::Memory) } else { Outcome::CopyFailed }
     }
 
@@ -257,7 +262,7 @@ impl Berth<'_> {
             }
             Tried::Copied(None) => {
                 self.placed_otherwise = true;
-                let outcome = if keep { self.kept() } else { Outcome::Moved };
+                let outcome = if keep { self.kept(page) } else { Outcome::Moved };
                 // The frame is still in the pool, and so is the original.
                 self.settle(page..page + 1, outcome, true, false);
                 true

@@ -24,7 +24,7 @@ impl Berth<'_> {
         let batch = Arc::clone(self.batch());
         let longest = (longest / page_size()).clamp(1, MAX_PAGES);
         let live = self.order == Order::Live;
-        let wanted = |page: usize| live || bit(&self.out, page);
+        let wanted = |page: usize| live || bit(&self.out, page) && !bit(&self.failed, page);
         let mut page = 0;
         let ops = std::iter::from_fn(|| {
             while page < self.pages && !wanted(page) {
@@ -58,11 +58,11 @@ impl Berth<'_> {
                 }
             }
             Order::Frozen => {
-                let out = self.out;
+                let (out, failed) = (self.out, self.failed);
                 let mut redo = self.redo;
                 runs(
                     0..self.pages,
-                    |i| bit(&out, i),
+                    |i| bit(&out, i) && !bit(&failed, i),
                     |r| {
                         let len = r.len() * page_size();
                         // SAFETY: frames and slots are ours.
@@ -123,7 +123,9 @@ impl Berth<'_> {
                 *t |= d;
             }
         }
-        let out = self.out;
+        let mut out = self.out;
+        // What goes back as it is needs no copy.
+        out.iter_mut().zip(self.failed).for_each(|(out, failed)| *out &= !failed);
         if self.abandoned || self.kernel_copy {
             return;
         }

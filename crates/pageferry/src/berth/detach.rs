@@ -8,9 +8,11 @@ use crate::flight::{MAX_PAGES, bit};
 use crate::pool::pages_per_extent;
 use crate::report::{Busy, Outcome};
 use crate::units::FolioSize;
+use pageferry_sys::pagemap::{Categories, Run};
 use pageferry_sys::uffd::Progress;
 use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 impl Berth<'_> {
@@ -125,6 +127,9 @@ impl Berth<'_> {
                 limit = piece.len();
             }
         }
+        if self.ctx.swap.load(Ordering::Relaxed) {
+            self.leave_swapped(piece);
+        }
         if self.seg().size == FolioSize::Huge && !is_empty(&self.out) {
             let slot = self.slot(0);
             if !self.ctx.pools.is_huge(slot) {
@@ -133,6 +138,33 @@ impl Berth<'_> {
                     empties.split = true;
                 }
             }
+        }
+    }
+
+    /// What went to swap since it was planned is not read, which would take a disk's time with the
+    /// hole open, but goes back.
+    fn leave_swapped(&mut self, piece: Range<usize>) {
+        let (start, end) =
+            (self.slot(piece.start), self.slot(piece.start) + piece.len() * page_size());
+        let want = Categories::SWAPPED;
+        let mut runs = [Run::EMPTY; 16];
+        let mut at = start;
+        while at < end {
+            let found = self.ctx.sys.scan(&self.ctx.pagemap, at, end, want, want, &mut runs);
+            // Without an answer they are read.
+            let Ok((count, ended)) = found else { return };
+            for run in &runs[..count] {
+                let page = |v: u64| {
+                    let address = usize::try_from(v).unwrap_or(end).clamp(start, end);
+                    piece.start + (address - start) / page_size()
+                };
+                set(&mut self.swapped, page(run.start)..page(run.end));
+                set(&mut self.failed, page(run.start)..page(run.end));
+            }
+            if ended <= at {
+                return;
+            }
+            at = ended;
         }
     }
 

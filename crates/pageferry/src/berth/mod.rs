@@ -131,6 +131,8 @@ pub(crate) struct Berth<'c> {
     redo: Bits,
     /// Could not be copied: the original goes back.
     failed: Bits,
+    /// Went to swap before it was taken out: it goes back as it is.
+    swapped: Bits,
     outcome: Box<[Outcome; MAX_PAGES]>,
     hole_since: Option<Instant>,
     /// The copy engine may still write to the frames: they are given up.
@@ -163,6 +165,7 @@ impl<'c> Berth<'c> {
             out: [0; 8],
             redo: [0; 8],
             failed: [0; 8],
+            swapped: [0; 8],
             outcome: Box::new([Outcome::Cancelled; MAX_PAGES]),
             hole_since: None,
             abandoned: false,
@@ -289,6 +292,7 @@ impl<'c> Berth<'c> {
         self.out = [0; 8];
         self.redo = [0; 8];
         self.failed = [0; 8];
+        self.swapped = [0; 8];
         self.abandoned = false;
         self.outcome[..pages].fill(Outcome::Cancelled);
         Ok(rest)
@@ -461,7 +465,14 @@ impl<'c> Berth<'c> {
         let Segment { range, size, owner, .. } = segment;
         let (size, owner) = (*size, *owner);
         let changed = |o: &Outcome| {
-            matches!(o, Outcome::Moved | Outcome::CopyFailed | Outcome::Gone | Outcome::NoFrame(_))
+            matches!(
+                o,
+                Outcome::Moved
+                    | Outcome::CopyFailed
+                    | Outcome::Gone
+                    | Outcome::NoFrame(_)
+                    | Outcome::Swapped
+            )
         };
         let used = self.outcome[..self.pages].iter().rposition(changed).map_or(0, |last| last + 1);
         let gaps = self.outcome[..used].iter().any(|o| *o != Outcome::Moved);
