@@ -4,7 +4,9 @@ use pageferry_topology::Machine;
 
 use super::Check;
 use crate::host::Host;
+use crate::output::Problem;
 use crate::size::size;
+use crate::topology::unreadable;
 
 const THP: &str = "sys/kernel/mm/transparent_hugepage";
 
@@ -20,11 +22,8 @@ pub(super) fn checks(host: &Host) -> (Vec<Check>, usize) {
             machine.memory_nodes().count()
         }
         Err(error) => {
-            checks.push(Check::missing(
-                "nodes",
-                format!("cannot be read: {error}"),
-                "mount sysfs at /sys and procfs at /proc",
-            ));
+            let Problem { what, because, remedy, .. } = unreadable(&error);
+            checks.push(Check::missing("nodes", format!("{what}: {because}"), remedy));
             1
         }
     };
