@@ -174,3 +174,25 @@ fn told<T>(result: Result<T, ReadError>) -> Result<Option<T>, ReadError> {
 fn is_cut(text: &str) -> bool {
     text.len() >= CUT_FROM && !text.ends_with('\n')
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answered(errno: i32) -> Result<Option<()>, ReadError> {
+        told(Err(ReadError::Io { path: "a".into(), source: io::Error::from_raw_os_error(errno) }))
+    }
+
+    #[test]
+    fn an_attribute_without_a_value_is_not_told_and_the_callers_own_want_is_an_error() {
+        use libc::{
+            EACCES, EINVAL, EMFILE, ENFILE, ENODEV, ENOENT, ENOMEM, ENXIO, EOPNOTSUPP, EPERM,
+        };
+        for errno in [ENOENT, ENODEV, ENXIO, EINVAL, EOPNOTSUPP, EACCES, EPERM] {
+            assert!(matches!(answered(errno), Ok(None)), "{errno}");
+        }
+        for errno in [EMFILE, ENFILE, ENOMEM] {
+            assert!(answered(errno).is_err(), "{errno}");
+        }
+    }
+}
