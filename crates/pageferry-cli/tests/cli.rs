@@ -104,6 +104,10 @@ fn a_file_that_cannot_be_read_is_told_once_with_the_reason_and_its_own_remedy() 
     machines::lay(root.path(), &format!("{online}/\t\n"));
     let error = stderr(&pageferry(&["topology", "--root", path]).code(1)).replace(path, "ROOT");
     assert!(error.contains("Is a directory") && !error.contains("mount"), "{error}");
+    let result = pageferry(&["doctor", "--root", path]);
+    let out = String::from_utf8_lossy(&result.get_output().stdout);
+    assert!(out.contains("which nodes there are cannot be told"), "{out}");
+    assert!(!out.contains("one node"), "{out}");
 }
 
 #[test]
