@@ -1,6 +1,6 @@
 //! `pageferry topology`: the machine as a tree, or as JSON.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
@@ -48,17 +48,18 @@ pub(crate) fn run(args: &TopologyArgs, context: &Context) -> anyhow::Result<Exit
     Ok(Exit::Ok)
 }
 
-fn unreadable(error: &ReadError) -> Problem {
-    let (because, remedy) = match error {
-        ReadError::Io { source, .. } => {
-            (source.to_string(), "mount sysfs at /sys and procfs at /proc, readable for you")
+/// A machine that cannot be read.
+pub(crate) fn unreadable(error: &ReadError) -> Problem {
+    let (what, because) = match error {
+        ReadError::Io { path, source } => {
+            (format!("cannot read {}", path.display()), source.to_string())
         }
-        _ => (
+        other => (
+            other.to_string(),
             "the kernel's description of the machine does not have the documented form".into(),
-            "report this with the file's content and `uname -a`",
         ),
     };
-    Problem { what: error.to_string(), because, remedy: remedy.into(), exit: Exit::Failed }
+    Problem { what, because, remedy: error.remedy().into(), exit: Exit::Failed }
 }
 
 fn text(machine: &Machine) -> String {
@@ -103,15 +104,15 @@ fn write_packages(machine: &Machine, out: &mut String) -> std::fmt::Result {
             let first = group.first().and_then(|cpu| machine.cpu(cpu));
             let cache = first.and_then(|cpu| cpu.last_level_cache());
             let label = cache.map_or_else(|| "no cache told".to_owned(), cache_label);
-            let cores = group.iter().filter(|&cpu| {
-                // A core counts where its first thread is.
-                machine.cpu(cpu).is_some_and(|known| known.siblings.first() == Some(cpu))
-            });
-            let nodes: NodeList = group.iter().filter_map(|cpu| machine.cpu(cpu)?.node).collect();
+            let siblings = |cpu| machine.cpu(cpu).map(|known| &known.siblings);
+            let cores: BTreeSet<&CpuList> = group.iter().filter_map(siblings).collect();
+            // Emulated nodes share their CPUs.
+            let own = machine.nodes().iter().filter(|n| !n.cpus.intersection(group).is_empty());
+            let nodes: NodeList = own.map(|node| node.id).collect();
             writeln!(
                 out,
                 "{branch} {label:<14} {:>3} cores  CPUs {group}  {DIM}node {nodes}{DIM:#}",
-                cores.count()
+                cores.len()
             )?;
         }
     }
@@ -157,6 +158,9 @@ fn access(node: &Node) -> String {
     let bandwidth = access.read_mib_per_s.map(|mib| format!("reads {}", gb(mib)));
     let latency = access.read_latency_ns.map(|ns| format!("{ns} ns"));
     let told: Vec<String> = bandwidth.into_iter().chain(latency).collect();
+    if told.is_empty() {
+        return String::new();
+    }
     format!("; {} by the firmware", told.join(" in "))
 }
 

@@ -58,6 +58,59 @@ fn topology_json_is_versioned_and_complete() {
 }
 
 #[test]
+fn topology_shows_emulated_nodes_at_every_cpu_that_they_share() {
+    let root = machines::unpack("small");
+    machines::lay(
+        root.path(),
+        "sys/devices/system/node/node{0-1}/cpulist\t0-3\n\
+         sys/devices/system/node/node{0-1}/distance\t10 10\n",
+    );
+    let out =
+        stdout(&pageferry(&["topology", "--root", root.path().to_str().expect("plain")]).success());
+    assert_eq!(out.matches("  node 0-1\n").count(), 2, "both caches:\n{out}");
+    assert!(out.contains("node 1  8 MiB, 2 MiB free; CPUs 0-3\n"), "{out}");
+}
+
+#[test]
+fn topology_counts_cores_and_shows_speeds_only_where_they_are_told() {
+    let root = machines::unpack("small");
+    machines::lay(
+        root.path(),
+        "sys/devices/system/cpu/cpu{0-3}/topology/core_cpus_list\t\n\
+         -sys/devices/system/cpu/cpu0/cache/index3/size\n\
+         sys/devices/system/node/node0/access1/initiators/read_bandwidth\t0\n\
+         sys/devices/system/node/node0/access1/initiators/write_bandwidth\t900\n\
+         sys/devices/system/node/node1/access1/initiators/read_bandwidth\t0\n\
+         sys/devices/system/node/node1/access1/initiators/read_latency\t120\n",
+    );
+    let out =
+        stdout(&pageferry(&["topology", "--root", root.path().to_str().expect("plain")]).success());
+    assert_eq!(out.matches("  2 cores  ").count(), 2, "{out}");
+    assert!(out.contains("size unknown"), "{out}");
+    assert!(!out.contains("0.0 GB/s"), "{out}");
+    assert_eq!(out.matches("by the firmware").count(), 1, "{out}");
+    assert!(out.contains("; 120 ns by the firmware"), "{out}");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_told_once_with_the_reason_and_its_own_remedy() {
+    let root = machines::unpack("small");
+    let path = root.path().to_str().expect("a plain path");
+    let online = "sys/devices/system/node/online";
+    machines::lay(root.path(), &format!("-{online}\n"));
+    let error = stderr(&pageferry(&["topology", "--root", path]).code(1)).replace(path, "ROOT");
+    assert_eq!(error.matches(online).count(), 1, "{error}");
+    assert!(error.contains("No such file") && error.contains("mount the whole sysfs"), "{error}");
+    machines::lay(root.path(), &format!("{online}/\t\n"));
+    let error = stderr(&pageferry(&["topology", "--root", path]).code(1)).replace(path, "ROOT");
+    assert!(error.contains("Is a directory") && !error.contains("mount"), "{error}");
+    let result = pageferry(&["doctor", "--root", path]);
+    let out = String::from_utf8_lossy(&result.get_output().stdout);
+    assert!(out.contains("which nodes there are cannot be told"), "{out}");
+    assert!(!out.contains("one node"), "{out}");
+}
+
+#[test]
 fn a_malformed_tree_is_an_error_with_reason_and_remedy() {
     let root = machines::unpack("two-sockets");
     machines::write(root.path(), "sys/devices/system/node/node1/distance", "far\n");

@@ -13,7 +13,7 @@ use crate::list::NodeList;
 #[non_exhaustive]
 pub enum ReadError {
     /// A file or directory that every kernel has could not be read.
-    #[error("cannot read {}: is sysfs mounted and readable there?", path.display())]
+    #[error("cannot read {}: {}", path.display(), self.remedy())]
     Io {
         /// The file or directory.
         path: PathBuf,
@@ -30,6 +30,34 @@ pub enum ReadError {
         /// What was expected instead.
         reason: String,
     },
+}
+
+impl ReadError {
+    /// What to do about it.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        match self {
+            Self::Io { source, .. } if is_callers_own(source) => {
+                "raise the limits on open files and on memory (ulimit -n, memory.max of the cgroup)"
+            }
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => {
+                    "every Linux has it; mount the whole sysfs at /sys and procfs at /proc"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "let the sandbox read it (a snap's interface hardware-observe, the AppArmor \
+                     profile, the SELinux policy, the mode of /sys and /proc)"
+                }
+                _ => "report this with `uname -a`",
+            },
+            Self::Malformed { .. } => "report this with the file's content and `uname -a`",
+        }
+    }
+}
+
+/// Whether an errno tells of the caller's own want, not of the file.
+pub(crate) fn is_callers_own(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
 /// A node was named that cannot serve. Each message names the nodes that can.

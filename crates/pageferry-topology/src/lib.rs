@@ -8,7 +8,7 @@
 //!
 //! What always holds for a [`Machine`]:
 //! - it has at least one node and at least one CPU, both in ascending order of
-//!   id, and a CPU is listed by at most one node;
+//!   id; a CPU is listed by several nodes where nodes are emulated (`numa=fake`);
 //! - every node has a distance to every node, itself included;
 //! - only online nodes and CPUs appear; nodes that are possible but offline are
 //!   known by id alone ([`Machine::offline_nodes`]);
@@ -19,7 +19,8 @@
 //! the second its content. Optional knowledge (caches, tiers, bandwidths, huge
 //! page sizes) may be absent and is then empty, `None`, or marked as derived.
 //!
-//! A machine is a snapshot: hot-plug and the free memory move on without it.
+//! A machine is a snapshot: hot-plug and the free memory move on without it. While
+//! nodes or CPUs come or go it is read anew.
 //!
 //! ```no_run
 //! use pageferry_topology::{Machine, NodeId};
@@ -35,6 +36,7 @@ mod error;
 mod ids;
 mod list;
 mod machine;
+mod model;
 mod node;
 mod pages;
 mod tier;

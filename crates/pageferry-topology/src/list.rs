@@ -43,6 +43,12 @@ pub enum ListError {
         /// The part as it was found.
         part: String,
     },
+    /// A part between commas is not a word of a mask.
+    #[error("`{part}` is not a word of a mask: expected at most 8 hexadecimal digits")]
+    NotAMask {
+        /// The part as it was found.
+        part: String,
+    },
     /// A range ends before it begins.
     #[error("the range `{part}` ends before it begins")]
     Reversed {
@@ -127,6 +133,29 @@ impl<I: Id> IdList<I> {
     #[must_use]
     pub fn difference(&self, other: &Self) -> Self {
         self.iter().filter(|&id| !other.contains(id)).collect()
+    }
+}
+
+impl<I: Id> IdList<I> {
+    /// Reads the kernel's mask format: words of 32 bits in hexadecimal, the highest first, the
+    /// first of them perhaps shorter (`%*pb`; lib/vsprintf.c, `bitmap_string`).
+    pub(crate) fn from_mask(text: &str) -> Result<Self, ListError> {
+        let mut numbers = Vec::new();
+        for (place, part) in text.trim().rsplit(',').enumerate() {
+            let is_word =
+                matches!(part.len(), 1..=8) && part.bytes().all(|b| b.is_ascii_hexdigit());
+            let word = u32::from_str_radix(part, 16).ok().filter(|_| is_word);
+            let word = word.ok_or_else(|| ListError::NotAMask { part: part.into() })?;
+            let bits = (0..u32::BITS).filter(|bit| word >> bit & 1 == 1);
+            for bit in bits {
+                let number = u32::try_from(place).ok().and_then(|n| n.checked_mul(u32::BITS));
+                match number.map(|n| n.saturating_add(bit)) {
+                    Some(number) if number <= MAX_NUMBER => numbers.push(number),
+                    _ => return Err(ListError::TooLarge { part: part.into() }),
+                }
+            }
+        }
+        Ok(numbers.into_iter().map(I::from_u32).collect())
     }
 }
 

@@ -9,10 +9,15 @@ use crate::cpu::{self, Cpu};
 use crate::error::{NodeError, ReadError};
 use crate::ids::{CpuId, NodeId, TierId};
 use crate::list::{CpuList, NodeList};
+use crate::model;
 use crate::node::{self, Node};
 use crate::pages::{self, PageSizes};
 use crate::tier::{self, Tier, TierSource};
 use crate::tree::Tree;
+
+/// How often a machine is read whose nodes or CPUs come and go meanwhile. A reading takes
+/// milliseconds; bringing a CPU or a node on line or off takes at least as long.
+const READINGS: usize = 5;
 
 /// A snapshot of a machine's nodes, CPUs, tiers and page sizes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -41,26 +46,42 @@ impl Machine {
     /// [`ReadError`] names the file that is missing, unreadable or malformed.
     pub fn read_from(root: &Path) -> Result<Self, ReadError> {
         let tree = Tree::new(root);
-        let (mut nodes, offline_nodes) = node::read(&tree)?;
-        let node_of: BTreeMap<CpuId, NodeId> =
-            nodes.iter().flat_map(|node| node.cpus.iter().map(|cpu| (cpu, node.id))).collect();
-        let (tiers, tier_source) = tier::read(&tree, &nodes)?;
+        let mut online = online(&tree)?;
+        for _ in 1..READINGS {
+            let machine = Self::read_once(&tree, &online);
+            let now = self::online(&tree)?;
+            if now == online {
+                return machine;
+            }
+            online = now;
+        }
+        Self::read_once(&tree, &online)
+    }
+
+    fn read_once(tree: &Tree, online: &(Option<NodeList>, CpuList)) -> Result<Self, ReadError> {
+        let (online_nodes, online_cpus) = online;
+        let (mut nodes, offline_nodes) = node::read(tree, online_nodes.as_ref(), online_cpus)?;
+        // The lowest node of a CPU last, so that it stays.
+        let by_cpu = nodes.iter().rev().flat_map(|n| n.cpus.iter().map(|cpu| (cpu, n.id)));
+        let node_of: BTreeMap<CpuId, NodeId> = by_cpu.collect();
+        let (tiers, tier_source) = tier::read(tree, &nodes)?;
         for node in &mut nodes {
             let tier = tiers.iter().find(|tier| tier.nodes.contains(node.id));
             node.tier = tier.map(|tier| tier.id);
         }
         Ok(Self {
-            cpu_model: cpu_model(&tree),
-            pages: pages::read(&tree)?,
+            cpu_model: model::read(tree)?,
+            pages: pages::read(tree)?,
             nodes,
             offline_nodes,
             tier_source,
             tiers,
-            cpus: cpu::read(&tree, &node_of)?,
+            cpus: cpu::read(tree, online_cpus, &node_of)?,
         })
     }
 
-    /// The CPU's name from `/proc/cpuinfo`; on Arm, which has none there, its part number.
+    /// The CPU's name from `/proc/cpuinfo`; where that has none, what identifies it: on Arm the
+    /// part number, on s390 the machine type, on RISC-V the base instruction set.
     #[must_use]
     pub fn cpu_model(&self) -> Option<&str> {
         self.cpu_model.as_deref()
@@ -192,27 +213,29 @@ impl Machine {
     }
 
     /// The sets of CPUs that share a last-level cache (on AMD processors a
-    /// CCX), by their first CPU; each CPU is in exactly one. CPUs whose caches are
-    /// not published are taken together by package, where that is known.
+    /// CCX), by their first CPU; each CPU is in exactly one. CPUs whose caches, or the sharing
+    /// of their caches, are not published are taken together by package, where that is known.
     #[must_use]
     pub fn cache_groups(&self) -> Vec<CpuList> {
+        let sharing = |cpu: &Cpu| {
+            let cpus = cpu.last_level_cache().map(|cache| cache.shared_by.clone())?;
+            (!cpus.is_empty()).then_some(cpus)
+        };
         let mut left: CpuList = self.cpus.iter().map(|cpu| cpu.id).collect();
         let mut groups = Vec::new();
         for cpu in &self.cpus {
             if !left.contains(cpu.id) {
                 continue;
             }
-            let sharing = match cpu.last_level_cache() {
-                Some(cache) => cache.shared_by.clone(),
+            let sharing = match sharing(cpu) {
+                Some(cpus) => cpus,
                 None => {
-                    let alike = |other: &&Cpu| {
-                        other.last_level_cache().is_none() && other.package == cpu.package
-                    };
+                    let alike =
+                        |other: &&Cpu| sharing(other).is_none() && other.package == cpu.package;
                     self.cpus.iter().filter(alike).map(|other| other.id).collect()
                 }
             };
-            // A cache that does not list its own CPU is no reason to lose that CPU.
-            let group = sharing.iter().chain([cpu.id]).collect::<CpuList>().intersection(&left);
+            let group = sharing.intersection(&left);
             left = left.difference(&group);
             groups.push(group);
         }
@@ -236,16 +259,8 @@ fn nearest(
     known.into_iter().filter(|&(_, distance)| Some(distance) == best).map(|(id, _)| id).collect()
 }
 
-fn cpu_model(tree: &Tree) -> Option<String> {
-    let text = tree.optional_text("proc/cpuinfo")?;
-    let field = |key: &str| {
-        text.lines().find_map(|line| {
-            let (name, value) = line.split_once(':')?;
-            (name.trim() == key).then(|| value.trim().to_owned())
-        })
-    };
-    field("model name").or_else(|| {
-        let (implementer, part) = (field("CPU implementer")?, field("CPU part")?);
-        Some(format!("Arm implementer {implementer} part {part}"))
-    })
+/// What is online: nodes, where the kernel has NUMA, and CPUs. Both lists change before what they
+/// name is torn down.
+fn online(tree: &Tree) -> Result<(Option<NodeList>, CpuList), ReadError> {
+    Ok((node::online(tree)?, cpu::online(tree)?))
 }

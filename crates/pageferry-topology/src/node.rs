@@ -2,13 +2,19 @@
 //!
 //! From `sys/devices/system/node` (Documentation/ABI/stable/sysfs-devices-node).
 //! A kernel built without CONFIG_NUMA has no such directory: then the machine is
-//! one node, 0, with all the memory and all the CPUs.
+//! one node, 0, with all the memory and all the CPUs. A directory that is there
+//! and may not be read is an error: nothing else says how many nodes there are.
+//!
+//! A node is online a moment before it has its directory, and loses it a moment
+//! after it went offline (`__try_online_node`, `try_offline_node` in
+//! mm/memory_hotplug.c): without a directory it is not there. Older kernels
+//! list offline CPUs of a node, too.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 
 use serde::Serialize;
 
-use crate::cpu;
 use crate::error::ReadError;
 use crate::ids::{NodeId, TierId};
 use crate::list::{CpuList, NodeList};
@@ -30,10 +36,12 @@ pub struct Node {
     pub memory_bytes: u64,
     /// Of that, free at the time of reading, in bytes; caches are not counted as free.
     pub free_bytes: u64,
-    /// Its CPUs; empty for memory behind CXL, on a GPU, and the like.
+    /// Its online CPUs; empty for memory behind CXL, on a GPU, and the like. Where nodes are
+    /// emulated (`numa=fake`) a CPU belongs to several.
     pub cpus: CpuList,
     /// Distance from this node to every online node, in the firmware's relative
-    /// units: 10 is local, 20 twice as far, 255 out of reach.
+    /// units: 10 is local, 20 twice as far, 255 out of reach. Emulated nodes of one real node
+    /// are at 10 from each other, too.
     pub distances: BTreeMap<NodeId, u32>,
     /// The tier of its memory; `None` if it has none.
     pub tier: Option<TierId>,
@@ -41,7 +49,8 @@ pub struct Node {
     pub access: Option<Access>,
 }
 
-/// What the firmware says of reaching a node's memory from its best initiators.
+/// What the firmware says of reaching a node's memory from its best initiators; at least one
+/// value is there.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Access {
@@ -71,32 +80,57 @@ impl Node {
     }
 }
 
-/// The online nodes, ascending, without their tiers; and the offline ones.
-pub(crate) fn read(tree: &Tree) -> Result<(Vec<Node>, NodeList), ReadError> {
+/// The numbers of the online nodes, never none; `None` for a kernel without NUMA.
+pub(crate) fn online(tree: &Tree) -> Result<Option<NodeList>, ReadError> {
     let path = format!("{NODES}/online");
-    let Some(online) = tree.optional_list::<NodeId>(&path)? else {
-        return Ok((vec![whole_machine(tree)?], NodeList::new()));
+    let online = match tree.list::<NodeId>(&path) {
+        Err(ReadError::Io { source, .. })
+            if source.kind() == ErrorKind::NotFound && !tree.is_there(NODES) =>
+        {
+            return Ok(None);
+        }
+        other => other?,
     };
     if online.is_empty() {
         return Err(tree.malformed(&path, "", "expected at least one node".into()));
     }
-    let possible = tree.optional_list::<NodeId>(&format!("{NODES}/possible"))?;
-    let offline = possible.unwrap_or_default().difference(&online);
-    let nodes =
-        online.iter().map(|id| read_one(tree, id, &online)).collect::<Result<Vec<_>, _>>()?;
-    let mut owned = CpuList::new();
-    for node in &nodes {
-        if !node.cpus.intersection(&owned).is_empty() {
-            let path = format!("{NODES}/node{}/cpulist", node.id);
-            let reason = "a CPU of this list is also listed by a lower node".into();
-            return Err(tree.malformed(&path, &node.cpus.to_string(), reason));
-        }
-        owned = owned.iter().chain(node.cpus.iter()).collect();
-    }
-    Ok((nodes, offline))
+    Ok(Some(online))
 }
 
-fn whole_machine(tree: &Tree) -> Result<Node, ReadError> {
+/// The online nodes, ascending, without their tiers; and the offline ones.
+pub(crate) fn read(
+    tree: &Tree,
+    online: Option<&NodeList>,
+    cpus: &CpuList,
+) -> Result<(Vec<Node>, NodeList), ReadError> {
+    let Some(online) = online else {
+        return Ok((vec![whole_machine(tree, cpus)?], NodeList::new()));
+    };
+    let mut nodes = Vec::new();
+    let mut gone = None;
+    for id in online.iter() {
+        let directory = format!("{NODES}/node{id}");
+        match read_one(tree, &directory, id, online, cpus) {
+            Ok(node) => nodes.push(node),
+            Err(error) if !tree.is_there(&directory) => gone = gone.or(Some(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    if let (true, Some(error)) = (nodes.is_empty(), gone) {
+        return Err(error);
+    }
+    let there: NodeList = nodes.iter().map(|node| node.id).collect();
+    for node in &mut nodes {
+        node.distances.retain(|&id, _| there.contains(id));
+        if let Some(access) = &mut node.access {
+            access.initiators = access.initiators.intersection(&there);
+        }
+    }
+    let possible = tree.optional_list::<NodeId>(&format!("{NODES}/possible"))?;
+    Ok((nodes, possible.unwrap_or_default().difference(&there)))
+}
+
+fn whole_machine(tree: &Tree, cpus: &CpuList) -> Result<Node, ReadError> {
     let id = NodeId::new(0);
     let path = "proc/meminfo";
     let text = tree.text(path)?;
@@ -104,25 +138,31 @@ fn whole_machine(tree: &Tree) -> Result<Node, ReadError> {
         id,
         memory_bytes: meminfo(tree, path, &text, "MemTotal")?,
         free_bytes: meminfo(tree, path, &text, "MemFree")?,
-        cpus: cpu::online(tree)?,
+        cpus: cpus.clone(),
         distances: BTreeMap::from([(id, LOCAL_DISTANCE)]),
         tier: None,
         access: None,
     })
 }
 
-fn read_one(tree: &Tree, id: NodeId, online: &NodeList) -> Result<Node, ReadError> {
-    let directory = format!("{NODES}/node{id}");
+fn read_one(
+    tree: &Tree,
+    directory: &str,
+    id: NodeId,
+    online: &NodeList,
+    cpus: &CpuList,
+) -> Result<Node, ReadError> {
     let meminfo_path = format!("{directory}/meminfo");
     let text = tree.text(&meminfo_path)?;
+    let own = tree.cpus(&format!("{directory}/cpulist"), &format!("{directory}/cpumap"))?;
     Ok(Node {
         id,
         memory_bytes: meminfo(tree, &meminfo_path, &text, "MemTotal")?,
         free_bytes: meminfo(tree, &meminfo_path, &text, "MemFree")?,
-        cpus: tree.list(&format!("{directory}/cpulist"))?,
+        cpus: own.intersection(cpus),
         distances: distances(tree, &format!("{directory}/distance"), online)?,
         tier: None,
-        access: access(tree, &directory)?,
+        access: access(tree, directory)?,
     })
 }
 
@@ -164,11 +204,15 @@ fn distances(
 
 /// Units and meaning: Documentation/admin-guide/mm/numaperf.rst. Class `access1`
 /// counts CPUs as the only initiators, `access0` also devices that start memory
-/// traffic themselves. Here CPUs copy, so `access1` comes first.
+/// traffic themselves. Here CPUs copy, so `access1` comes first, unless it tells
+/// nothing. 0 stands for what the firmware left out, marked invalid, or gave too
+/// large (`hmat_normalize` in drivers/acpi/numa/hmat.c).
 fn access(tree: &Tree, directory: &str) -> Result<Option<Access>, ReadError> {
     for class in ["access1", "access0"] {
         let at = |file: &str| format!("{directory}/{class}/initiators/{file}");
-        let number = |file: &str| tree.optional::<u64>(&at(file), "a number");
+        let number = |file: &str| -> Result<Option<u64>, ReadError> {
+            Ok(tree.optional::<u64>(&at(file), "a number")?.filter(|&value| value > 0))
+        };
         let access = Access {
             initiators: tree.ids::<NodeId>(&at(""), "node")?.into_iter().collect(),
             read_mib_per_s: number("read_bandwidth")?,
@@ -176,7 +220,9 @@ fn access(tree: &Tree, directory: &str) -> Result<Option<Access>, ReadError> {
             read_latency_ns: number("read_latency")?,
             write_latency_ns: number("write_latency")?,
         };
-        if access.read_mib_per_s.is_some() || access.read_latency_ns.is_some() {
+        let bandwidths = [access.read_mib_per_s, access.write_mib_per_s];
+        let latencies = [access.read_latency_ns, access.write_latency_ns];
+        if bandwidths.iter().chain(&latencies).any(Option::is_some) {
             return Ok(Some(access));
         }
     }

@@ -21,7 +21,7 @@ pub struct PageSizes {
 }
 
 pub(crate) fn read(tree: &Tree) -> Result<PageSizes, ReadError> {
-    let thp_bytes = tree.optional::<u64>(PMD_SIZE, "a number of bytes")?;
+    let thp_bytes = tree.optional::<u64>(PMD_SIZE, "a number of bytes")?.filter(|&n| n > 0);
     let hugetlb_bytes = tree
         .numbered(HUGETLB, "hugepages-", "kB")?
         .into_iter()
@@ -34,8 +34,10 @@ pub(crate) fn read(tree: &Tree) -> Result<PageSizes, ReadError> {
 /// Another machine's tree does not say its base page, but a PMD tells: a page
 /// table is one base page of 8-byte entries (x86-64, arm64, riscv64), so a PMD
 /// maps `base * base / 8`. 2 MiB is of 4 KiB pages, 32 MiB of 16, 512 MiB of 64.
+/// A page table of s390 is half a page, so its 1 MiB is rounded up to 4 KiB. POWER's
+/// PMDs, 2 MiB or 16 MiB of pages of 64 KiB, do not tell.
 fn base_of_pmd(pmd_bytes: u64) -> u64 {
-    pmd_bytes.saturating_mul(8).isqrt()
+    pmd_bytes.saturating_mul(8).isqrt().next_power_of_two()
 }
 
 fn page_size() -> u64 {

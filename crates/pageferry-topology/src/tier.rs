@@ -48,8 +48,9 @@ pub(crate) fn read(tree: &Tree, nodes: &[Node]) -> Result<(Vec<Tier>, TierSource
     let mut tiers: Vec<Tier> = Vec::new();
     let mut left = with_memory.clone();
     for id in tree.ids::<TierId>(TIERS, "memory_tier")? {
-        let listed = tree.list::<NodeId>(&format!("{TIERS}/memory_tier{id}/nodelist"))?;
-        let nodes = listed.intersection(&left);
+        let listed = tree.optional_list::<NodeId>(&format!("{TIERS}/memory_tier{id}/nodelist"))?;
+        // A tier goes with its last node, perhaps since the directory was listed.
+        let nodes = listed.unwrap_or_default().intersection(&left);
         left = left.difference(&nodes);
         if !nodes.is_empty() {
             tiers.push(Tier { id, nodes });

@@ -4,14 +4,16 @@ use pageferry_topology::Machine;
 
 use super::Check;
 use crate::host::Host;
+use crate::output::Problem;
 use crate::size::size;
+use crate::topology::unreadable;
 
 const THP: &str = "sys/kernel/mm/transparent_hugepage";
 
 /// Frames for a few batches; a pool that gets less cannot work ahead.
 const LITTLE_MEMORY: u64 = 256 << 20;
 
-/// The checks, and how many nodes have memory.
+/// The checks, and how many nodes have memory; 0 where that cannot be told.
 pub(super) fn checks(host: &Host) -> (Vec<Check>, usize) {
     let mut checks = vec![huge_pages(host), defrag(host), khugepaged(host)];
     let nodes = match Machine::read_from(host.root()) {
@@ -20,12 +22,9 @@ pub(super) fn checks(host: &Host) -> (Vec<Check>, usize) {
             machine.memory_nodes().count()
         }
         Err(error) => {
-            checks.push(Check::missing(
-                "nodes",
-                format!("cannot be read: {error}"),
-                "mount sysfs at /sys and procfs at /proc",
-            ));
-            1
+            let Problem { what, because, remedy, .. } = unreadable(&error);
+            checks.push(Check::missing("nodes", format!("{what}: {because}"), remedy));
+            0
         }
     };
     checks.push(balancing(host, nodes));
@@ -109,7 +108,7 @@ fn balancing(host: &Host, nodes: usize) -> Check {
     match host.number("proc/sys/kernel/numa_balancing") {
         Some(0) => Check::ok(ID, "off"),
         None => Check::ok(ID, "not part of this kernel"),
-        Some(mode) if nodes < 2 => Check::ok(ID, format!("mode {mode}, idle with one node")),
+        Some(mode) if nodes == 1 => Check::ok(ID, format!("mode {mode}, idle with one node")),
         Some(mode) => Check::warn(
             ID,
             format!("mode {mode}: the kernel moves pages too, against what was asked"),

@@ -33,7 +33,10 @@ pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
 /// What `move` has to do here; whether the calls work is `memory-policy`'s to say.
 fn between(host: &Host, memory: &NodeList, nodes: usize) -> Check {
     const ID: &str = "move-between";
-    if nodes < 2 {
+    if nodes == 0 {
+        return Check::warn(ID, "which nodes there are cannot be told", "see `nodes` above");
+    }
+    if nodes == 1 {
         return Check::ok(ID, "one node: `where` can look, `move` has nothing to move between");
     }
     let mut found = format!("{nodes} nodes: `move` and `migratepages` move programs between them");

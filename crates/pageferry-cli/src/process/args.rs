@@ -9,8 +9,8 @@ use clap::{Args, ValueHint};
 use pageferry::process::{Filter, Kind, Selection, Target};
 use pageferry_topology::{ListError, Machine, NodeId, NodeList};
 
-use super::trouble;
 use crate::output::Problem;
+use crate::topology::unreadable;
 
 /// `PID_MAX_LIMIT` on 64-bit kernels, include/linux/threads.h.
 const PID_MAX: u32 = 4 << 20;
@@ -98,7 +98,7 @@ fn kinds() -> impl TypedValueParser<Value = Kind> {
 
 /// The machine that this runs on.
 pub(super) fn machine() -> Result<Machine, Problem> {
-    Machine::read().map_err(|error| trouble::of_machine(&error))
+    Machine::read().map_err(|error| unreadable(&error))
 }
 
 /// Nodes that pages are taken from.

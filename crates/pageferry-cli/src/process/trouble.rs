@@ -3,10 +3,10 @@
 use pageferry::process::{Notes, ProcessError, TargetError};
 use pageferry_sys::idle::BITMAP as IDLE_BITMAP;
 use pageferry_sys::peer::effective_user;
-use pageferry_topology::ReadError;
 
 use crate::exit::Exit;
 use crate::output::Problem;
+use crate::topology::unreadable;
 
 /// A target that cannot be looked at.
 pub(super) fn of_target(error: &TargetError) -> Problem {
@@ -102,7 +102,7 @@ pub(super) fn of_move(error: &ProcessError) -> Problem {
                 "see `pageferry move --help`",
             )
         }
-        ProcessError::Machine(error) => of_machine(error),
+        ProcessError::Machine(error) => unreadable(error),
         ProcessError::NoNuma(errno) => Problem {
             what: "this kernel does not move pages".into(),
             because: errno.to_string(),
@@ -139,16 +139,6 @@ pub(super) fn of_move(error: &ProcessError) -> Problem {
             remedy: "all pages are intact; report this as a bug".into(),
             exit: Exit::Failed,
         },
-    }
-}
-
-/// A machine that cannot be read.
-pub(super) fn of_machine(error: &ReadError) -> Problem {
-    Problem {
-        what: "the machine's nodes cannot be read".into(),
-        because: error.to_string(),
-        remedy: "mount sysfs at /sys and procfs at /proc, readable for you".into(),
-        exit: Exit::Failed,
     }
 }
 

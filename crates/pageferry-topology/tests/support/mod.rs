@@ -4,7 +4,8 @@
 //! description gives, such as free memory and bandwidths, are plausible values.
 //!
 //! A line is `path<TAB>content`; `\n` in the content is a line break, a line
-//! that begins with `#` a comment, and a path that ends in `/` a directory. So
+//! that begins with `#` a comment, and a path that ends in `/` a directory; a
+//! line that begins with `-` takes the path after it away. So
 //! that a machine with 256 CPUs stays readable, one `{list}` in the path (the
 //! kernel's list format) stands for a file per number, and `{+K}` or `{-K}` in
 //! the content for that number plus or minus K.
@@ -21,22 +22,36 @@ pub(crate) fn unpack(name: &str) -> TempDir {
     let root = tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())
         .expect("a temporary directory");
-    let text = fs::read_to_string(file(name)).expect("the fixture exists");
-    for line in text.lines().filter(|line| !line.starts_with('#')) {
+    lay(root.path(), &fs::read_to_string(file(name)).expect("the fixture exists"));
+    root
+}
+
+/// Lays a tree in the text form over what is there.
+pub(crate) fn lay(root: &Path, text: &str) {
+    for line in text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')) {
+        if let Some(path) = line.strip_prefix('-') {
+            remove(root, path);
+            continue;
+        }
         let (path, content) = line.split_once('\t').expect("a tab in every line");
         let content = content.replace("\\n", "\n") + "\n";
         let Some((before, rest)) = path.split_once('{') else {
-            write(root.path(), path, &content);
+            write(root, path, &content);
             continue;
         };
         let (list, after) = rest.split_once('}').expect("braces are closed");
         for cpu in list.parse::<CpuList>().expect("a list in braces").iter() {
             let number = cpu.to_u32();
             let path = format!("{before}{number}{after}");
-            write(root.path(), &path, &shifted(&content, number));
+            write(root, &path, &shifted(&content, number));
         }
     }
-    root
+}
+
+fn remove(root: &Path, path: &str) {
+    let path = root.join(path);
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    removed.expect("what is taken away was there");
 }
 
 /// Replaces one file of an unpacked fixture.

@@ -34,6 +34,7 @@ use crate::exit::Exit;
 use crate::host::Host;
 use crate::output::{Context, Problem};
 use crate::size::size;
+use crate::topology::unreadable;
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
@@ -69,12 +70,7 @@ impl Plan {
                 "give a multiple of 2 MiB, such as 1G",
             ));
         }
-        let machine = Machine::read().map_err(|error| Problem {
-            what: error.to_string(),
-            because: "the machine's nodes cannot be read".into(),
-            remedy: "mount sysfs at /sys and procfs at /proc".into(),
-            exit: Exit::Failed,
-        })?;
+        let machine = Machine::read().map_err(|error| unreadable(&error))?;
         let (from, to) = nodes(&machine, args)?;
         for id in [from, to] {
             let node = machine.memory_node(NodeId::new(id)).map_err(|error| {
