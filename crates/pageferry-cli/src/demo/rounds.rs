@@ -62,7 +62,9 @@ pub(super) fn run(
     let Some(warm_up) = warm_up else { return Ok(Equal::default()) };
     let schedule = |shares| Schedule::new(&warm_up, share * shares);
     let (short, long) = (schedule(1), schedule(2));
-    let (pace, _) = load.slice(Job::WarmUp, || mover.find_pace(glance))?;
+    // Beside the load as it will be.
+    let usual = Job::Slice { schedule: short, seed: 0 };
+    let (pace, _) = load.slice(usual, || mover.find_pace(glance))?;
     let plan = mover.plan(share * 2, pace)?;
     for pair in 0..pairs {
         // A slow machine takes longer for the same work, so it does fewer rounds.
