@@ -198,7 +198,10 @@ impl DemoReport {
         writeln!(f)?;
         if self.updates_without_room > 0 {
             let count = self.updates_without_room;
-            writeln!(f, "  {DIM}{count} documents were not put back: no room was left{DIM:#}")?;
+            writeln!(
+                f,
+                "  {DIM}{count} times a document could not be put back: no room was left{DIM:#}"
+            )?;
         }
         self.explain(f)
     }
@@ -286,6 +289,10 @@ impl DemoReport {
                 "\nBut the two moves did not move the same bytes, so do not compare their rows.";
         } else if !work.pace_was_held() {
             text += "\nBut a move fell behind the common pace, so do not compare the moves' rows.";
+        }
+        if self.updates_without_room > 0 {
+            text +=
+                "\nBut some updates had no room, so the rows of updates are not quite equal work.";
         }
         let unsteady = [&self.queries, &self.updates].into_iter().any(|felt| {
             let spread = felt.not_moving.as_ref().map(|l| l.p99_spread_us);
@@ -489,6 +496,7 @@ mod tests {
                     ..l
                 })
             }),
+            said(|r| r.updates_without_room = 7),
             said(|r| r.queries.moving = None),
             said(|r| r.scan.differing = 1),
         ];
