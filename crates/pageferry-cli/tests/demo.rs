@@ -84,6 +84,7 @@ fn report(extra: &[&str]) -> std::result::Result<Value, Box<dyn Error>> {
         let operations = report["queries"][phase]["operations"].as_u64();
         assert!(operations > Some(0), "{phase}: {report}");
     }
+    work_is_equal(&report);
     for cpus in ["cpus_moving", "cpus_burnt"] {
         assert!(report["burnt_cpu"][cpus].as_f64() > Some(0.0), "{cpus}: {report}");
     }
@@ -103,6 +104,35 @@ fn report(extra: &[&str]) -> std::result::Result<Value, Box<dyn Error>> {
     }
     assert_eq!(report["cancelled"], false);
     Ok(report)
+}
+
+/// Rows whose latencies are compared did the same work: counted, not timed.
+fn work_is_equal(report: &Value) {
+    let work = &report["equal_work"];
+    let count = |value: &Value| value.as_u64().unwrap_or_default();
+    let rounds = count(&work["rounds"]);
+    assert!(rounds >= 2 && rounds.is_multiple_of(2), "there and back: {work}");
+    for (kind, per_round) in [("queries", "queries_per_round"), ("updates", "updates_per_round")] {
+        let each = count(&work[per_round]);
+        assert!(each > 0, "{work}");
+        for phase in ["not_moving", "burnt_cpu", "moving", "one_folio_at_a_time"] {
+            let row = &report[kind][phase];
+            assert_eq!(count(&row["operations"]), each * rounds, "{kind}, {phase}: {row}");
+            assert_eq!(row["rounds"].as_array().map(|r| r.len() as u64), Some(rounds), "{row}");
+            let spread = &row["p99_spread_us"];
+            let at = |name: &str| spread[name].as_f64();
+            assert!(at("min") <= at("median") && at("median") <= at("max"), "{spread}");
+        }
+    }
+    let bytes = count(&work["bytes_per_round"]);
+    assert!(bytes > 0 && count(&work["steps_per_round"]) > 0, "{work}");
+    for way in ["moving", "one_folio_at_a_time"] {
+        let paced = &work[way];
+        let all = paced["bytes"].as_array().cloned().unwrap_or_default();
+        assert_eq!(all, vec![Value::from(bytes); all.len()], "{way}: {work}");
+        assert_eq!(all.len() as u64, rounds, "{way}: {work}");
+        assert_eq!(count(&paced["steps"]), rounds * count(&work["steps_per_round"]), "{work}");
+    }
 }
 
 #[test]
@@ -166,7 +196,15 @@ fn people_get_a_report_on_stdout_and_no_progress_in_a_pipe() -> Result {
     let folder = folder()?;
     let done = demo(&[path(folder.path()), "--size", "4M", "--seconds", "1"]).success();
     let text = stdout(&done);
-    for line in ["text  ", "index  ", "region  ", "route  ", "queries felt", "updates felt"] {
+    for line in [
+        "text  ",
+        "index  ",
+        "region  ",
+        "route  ",
+        "How long queries took",
+        "How long updates took",
+        "In short",
+    ] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line} in {text}");
     }
     assert_eq!(text.matches("none differs").count(), 2, "{text}");

@@ -1,17 +1,19 @@
 //! The control: what the load feels when CPU time is burnt and nothing moves.
 //!
 //! Moving takes CPU time however it is done, and a machine with none to spare feels that first. So
-//! after the moves of a round as many threads as a move has copy private memory for as much CPU
-//! time as the moves took, all of the engine's threads counted. What the load feels beyond that
-//! is the price of moving itself: holes, faults, interrupts.
+//! beside the paced moves of a round as many threads as a move has copy private memory for as much
+//! CPU time as the last paced moves took, all of the engine's threads counted, in as many steps at
+//! the same times. What the load feels beyond that is the price of moving itself: holes, faults,
+//! interrupts.
 
 use super::limits::no_thread;
+use super::pace::{self, Wall};
 use crate::cancel;
 use crate::exit::Exit;
 use crate::output::Problem;
 use pageferry_sys::{sched, usage::Usage};
 use serde::Serialize;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 /// Bytes copied before a thread looks at its CPU time.
@@ -20,8 +22,6 @@ const CHUNK: usize = 128 << 10;
 const BUFFER: (usize, usize) = (2 << 20, 8 << 20);
 /// Bytes of all buffers on a machine with few CPUs.
 const BUFFERS: usize = 32 << 20;
-/// A thread that is ahead of its share sleeps so long at least: less would be all overhead.
-const NAP: Duration = Duration::from_micros(50);
 
 /// CPU time that this process, without its load, spends in a phase.
 #[derive(Clone, Copy, Debug, Default)]
@@ -68,8 +68,8 @@ impl Watch {
 #[derive(Debug)]
 pub(super) struct Control {
     buffers: Vec<(Vec<u8>, Vec<u8>)>,
-    /// CPUs that the last moves kept busy.
-    owed: f64,
+    /// CPU time that the last paced moves took.
+    owed: Duration,
     moving: Busy,
     burning: Busy,
 }
@@ -107,15 +107,15 @@ impl Control {
         let buffers = (0..threads).map(|_| Ok((buffer(1)?, buffer(2)?)));
         Ok(Self {
             buffers: buffers.collect::<Result<_, Problem>>()?,
-            owed: 0.0,
+            owed: Duration::ZERO,
             moving: Busy::default(),
             burning: Busy::default(),
         })
     }
 
-    /// Notes what the moves of a round took: the next burning takes as much.
+    /// Notes what the paced moves of a round took: the next burning takes as much.
     pub(super) fn moved(&mut self, busy: Busy) {
-        self.owed = busy.cpus();
+        self.owed = busy.cpu;
         self.moving.add(busy);
     }
 
@@ -124,23 +124,16 @@ impl Control {
         self.burning.add(busy);
     }
 
-    /// Burns until `end`, beside `wait`, which returns then.
-    pub(super) fn burn_until(&mut self, end: Instant, wait: impl FnOnce()) -> Result<(), Problem> {
-        let share = (self.owed / self.buffers.len().max(1) as f64).clamp(0.0, 1.0);
-        let stop = AtomicBool::new(false);
-        // Relaxed: stopping publishes nothing, and needs to be seen soon, not at once.
-        let goes_on =
-            || Instant::now() < end && !cancel::requested() && !stop.load(Ordering::Relaxed);
+    /// Burns what is owed, in equal steps that are due at `dues`.
+    pub(super) fn burn(&mut self, dues: &[Duration]) -> Result<(), Problem> {
+        let clock = Wall(Instant::now());
+        let owed = self.owed / u32::try_from(self.buffers.len()).unwrap_or(1).max(1);
         std::thread::scope(|scope| {
             for (from, to) in &mut self.buffers {
                 let builder = std::thread::Builder::new().name("demo-burn".to_owned());
-                let started = builder.spawn_scoped(scope, || burn(from, to, share, goes_on));
-                if let Err(error) = started {
-                    stop.store(true, Ordering::Relaxed);
-                    return Err(no_thread(&error));
-                }
+                let started = builder.spawn_scoped(scope, || burn(from, to, owed, dues, clock));
+                started.map_err(|error| no_thread(&error))?;
             }
-            wait();
             Ok(())
         })
     }
@@ -155,23 +148,20 @@ impl Control {
     }
 }
 
-/// Copies, for `share` of the time, while `goes_on`.
-fn burn(from: &[u8], to: &mut [u8], share: f64, goes_on: impl Fn() -> bool) {
-    let began = Instant::now();
+/// Copies until the thread has used `owed` of CPU time: in each step an equal share.
+fn burn(from: &[u8], to: &mut [u8], owed: Duration, dues: &[Duration], clock: Wall) {
     let mut chunks = (0..from.len() / CHUNK).cycle();
-    while goes_on() {
-        let owed = began.elapsed().mul_f64(share);
-        let spent = Duration::from_nanos(sched::thread_cpu_ns());
-        if spent >= owed {
-            std::thread::sleep((spent - owed).max(NAP));
-            continue;
+    let Ok(_) = pace::keep(dues, &clock, |step| {
+        let until = owed.mul_f64((step + 1) as f64 / dues.len() as f64);
+        while Duration::from_nanos(sched::thread_cpu_ns()) < until && !cancel::requested() {
+            let Some(chunk) = chunks.next() else { break };
+            let range = chunk * CHUNK..(chunk + 1) * CHUNK;
+            to[range.clone()].copy_from_slice(&from[range]);
+            // Nobody reads what is copied; it must be copied all the same.
+            std::hint::black_box(&mut *to);
         }
-        let Some(chunk) = chunks.next() else { return };
-        let range = chunk * CHUNK..(chunk + 1) * CHUNK;
-        to[range.clone()].copy_from_slice(&from[range]);
-        // Nobody reads what is copied; it must be copied all the same.
-        std::hint::black_box(&mut *to);
-    }
+        Ok::<_, Infallible>(())
+    });
 }
 
 #[cfg(test)]
@@ -182,22 +172,19 @@ mod tests {
     fn it_burns_what_the_moves_took_and_nothing_before_any() -> Result<(), Problem> {
         let mut control = Control::new(2)?;
         let run = |control: &mut Control| {
-            let (watch, length) = (Watch::begin(Duration::ZERO), Duration::from_millis(40));
-            control.burn_until(Instant::now() + length, || std::thread::sleep(length))?;
+            let watch = Watch::begin(Duration::ZERO);
+            control.burn(&[Duration::ZERO, Duration::from_millis(1)])?;
             control.burnt(watch.end(Duration::ZERO));
             Ok(())
         };
         run(&mut control)?;
         assert!(control.buffers.iter().all(|(_, to)| to.iter().all(|b| *b == 2)), "no CPU owed");
-        control.moved(Busy { cpu: Duration::from_secs(1), wall: Duration::from_secs(2) });
-        let copied = |c: &Control| c.buffers.iter().any(|(_, to)| to[0] == 1);
-        // On a busy machine a thread may come too late for one burning.
-        for _ in 0..100 {
-            if !copied(&control) {
-                run(&mut control)?;
-            }
-        }
-        assert!(copied(&control));
+        let owed = Duration::from_millis(40);
+        control.moved(Busy { cpu: owed, wall: owed * 2 });
+        run(&mut control)?;
+        assert!(control.buffers.iter().all(|(_, to)| to[0] == 1), "each thread has its share");
+        // Threads count their own CPU time, so all of it was burnt however busy the machine is.
+        assert!(control.burning.cpu >= owed, "{control:?}", control = control.burning);
         let burnt = control.result();
         assert_eq!((burnt.threads, burnt.cpus_moving), (2, 0.5));
         assert!(burnt.cpus_burnt > 0.0);

@@ -2,9 +2,9 @@
 //!
 //! It reads text, builds an inverted index of it in managed memory ([`index`], [`twin`]), lets
 //! threads ask and update the index ([`load`]), and has the memory moved under them ([`moving`]),
-//! by the engine as it comes and one folio at a time. Between the moves nothing moves, once at rest
-//! and once with as much CPU time burnt as moving took ([`burn`]): in turn, several times
-//! ([`rounds`]). The same index in ordinary memory tells what every answer must be. In the end it
+//! by the engine as it comes and one folio at a time: at full speed for the rates, and at a common
+//! pace ([`pace`]) for what is felt. Between the moves nothing moves, once at rest and once with as
+//! much CPU time burnt as moving took ([`burn`]): in turn, several times ([`rounds`]). The same index in ordinary memory tells what every answer must be. In the end it
 //! says what was felt, what was moved, and whether anything differed ([`report`]).
 //!
 //! What must always hold: no address in the region is given to a system call while it moves, so
@@ -22,6 +22,7 @@ mod load;
 mod look;
 mod memory;
 mod moving;
+mod pace;
 mod postings;
 mod progress;
 mod report;
@@ -44,15 +45,15 @@ use moving::{Mover, Route};
 use pageferry::{BuildError, Engine, Folios, Region, RegionAlloc, Rights};
 use pageferry_copy::CopyEngine as _;
 use progress::Progress;
-use report::{Answers, DemoReport, Felt, IndexSize, Moved, Setting};
+use report::{Answers, DemoReport, IndexSize, Moved, Rounds, Setting};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tally::{Kind, Tally};
+use tally::{Kind, Seen};
 use twin::{Filled, NoRoom, Twin};
 
-/// Threads that update.
+/// Threads that update: one, so that it finds each document where the last slice put it back.
 const UPDATES: usize = 1;
 /// Frames are kept this long: through the times of rest.
 const KEEP_FRAMES: Duration = Duration::from_secs(60);
@@ -174,10 +175,15 @@ fn demonstrate(
 
     let mut mover = Mover::new(engine.clone(), Arc::clone(&region), route);
     let mut control = Control::new(engine.cpu().capabilities().max_parallel)?;
-    let load = Load::new(&twin, corpus);
-    let measure = || rounds::run(&load, &mut mover, &mut control, args.seconds, progress);
-    let (moved, tally) = load.run(args.threads.into(), UPDATES, measure)?;
-    moved?;
+    let load = Load::new(&twin, corpus)?;
+    let threads = [args.threads.into(), UPDATES];
+    let mut rounds = Rounds::new()?;
+    let measure = || {
+        let time = (args.seconds, progress);
+        rounds::run(&load, threads, &mut mover, &mut control, time, |round| rounds.add(round))
+    };
+    let (equal, seen) = load.run(threads[0], threads[1], measure)?;
+    let equal = equal?;
 
     let bar = progress.begin("comparing all of the index", twin::SHARDS as u64);
     report.scan = twin.compare(|shards| bar.set_position(shards as u64));
@@ -193,13 +199,15 @@ fn demonstrate(
     };
     report.moved = Moved::from(&mover.by_engine);
     report.one_folio_at_a_time = Moved::from(&mover.one_by_one);
-    let rates = (report.moved.gb_per_s, report.one_folio_at_a_time.gb_per_s);
+    let median = |moved: &Moved| moved.spread.map_or(0.0, |spread| spread.median);
+    let rates = (median(&report.moved), median(&report.one_folio_at_a_time));
     report.ratio = (rates.1 > 0.0).then(|| rates.0 / rates.1);
-    report.queries = Felt::new(&tally, &Kind::QUERIES);
-    report.updates = Felt::new(&tally, &Kind::UPDATES);
+    report.queries = rounds.felt(Kind::Query);
+    report.updates = rounds.felt(Kind::Update);
+    report.equal_work = rounds.equal_work(&equal);
     report.burnt_cpu = control.result();
-    report.updates_without_room = tally.full;
-    report.answers = answers(tally);
+    report.updates_without_room = seen.full;
+    report.answers = answers(seen);
     report.physical_pages = mover.frames;
     Ok(())
 }
@@ -336,11 +344,11 @@ fn fill(
     }
 }
 
-fn answers(tally: Tally) -> Answers {
+fn answers(seen: Seen) -> Answers {
     Answers {
-        compared: tally.compared,
-        differing: tally.differing,
-        first_difference: tally.difference,
+        compared: seen.compared,
+        differing: seen.differing,
+        first_difference: seen.difference,
     }
 }
 

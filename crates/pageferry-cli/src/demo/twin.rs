@@ -250,15 +250,34 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
         locked.members.get(at).copied()
     }
 
-    /// Takes out a member that was picked; the time it took without the reference, or `None` when
-    /// another thread was faster.
+    /// Puts a document back where it was taken out, so that the members stand as before; else as
+    /// [`Twin::add`].
+    pub(super) fn put_back(
+        &self,
+        shard: usize,
+        document: u32,
+        place: usize,
+        grouped: &Grouped,
+        vocabulary: &Vocabulary,
+    ) -> Result<Duration, NoRoom> {
+        let took = self.add(shard, document, grouped, vocabulary)?;
+        let members = &mut self.write(shard).members;
+        if let Some(last) = members.len().checked_sub(1) {
+            // What took its place when it was taken out is the last one again.
+            members.swap(place.min(last), last);
+        }
+        Ok(took)
+    }
+
+    /// Takes out a member that was picked; the time it took without the reference and where it
+    /// stood, or `None` when another thread was faster.
     pub(super) fn remove(
         &self,
         shard: usize,
         member: Member,
         grouped: &Grouped,
         vocabulary: &Vocabulary,
-    ) -> Option<Duration> {
+    ) -> Option<(Duration, usize)> {
         let start = Instant::now();
         let mut locked = self.write(shard);
         let Shard { managed, reference, members, .. } = &mut *locked;
@@ -269,7 +288,25 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
         managed.remove(member.id, grouped, vocabulary);
         let took = waited + start.elapsed();
         reference.remove(member.id, grouped, vocabulary);
-        Some(took)
+        Some((took, at))
+    }
+
+    /// The documents of each shard in the order in which they are picked.
+    #[cfg(test)]
+    pub(super) fn order(&self) -> Vec<Vec<u32>> {
+        let documents =
+            |shard| self.read(shard).members.iter().map(|m| m.document).collect::<Vec<_>>();
+        (0..SHARDS).map(documents).collect()
+    }
+
+    /// The document that was added last to each shard.
+    #[cfg(test)]
+    pub(super) fn last_added(&self) -> Vec<Option<u32>> {
+        let newest = |shard| {
+            let locked = self.read(shard);
+            locked.members.iter().max_by_key(|m| m.id).map(|m| m.document)
+        };
+        (0..SHARDS).map(newest).collect()
     }
 
     /// How many documents are in it now.
