@@ -326,10 +326,7 @@ impl EngineBuilder {
             joins: Vec::with_capacity(2),
         };
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new()
-                .name(name.into())
-                .spawn(body)
-                .map_err(|e| BuildError::Threads(e.to_string()))
+            pageferry_sys::thread::spawn(name, body).map_err(|e| BuildError::Threads(e.to_string()))
         };
         threads.joins.push(spawn("pf-faults", {
             let ctx = Arc::clone(&ctx);

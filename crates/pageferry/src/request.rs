@@ -256,25 +256,23 @@ impl Move {
             finished: Condvar::new(),
         });
         let theirs = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("pf-move".into())
-            .spawn(move || {
-                let result = match claimed {
-                    Some(claimed) => prepared.run(claimed),
-                    None => prepared.claim().and_then(|claimed| prepared.run(claimed)),
-                };
-                let waker = {
-                    let mut state = theirs.state.lock();
-                    state.result = Some(result);
-                    state.done = true;
-                    state.waker.take()
-                };
-                theirs.finished.notify_all();
-                if let Some(waker) = waker {
-                    waker.wake();
-                }
-            })
-            .map_err(MigrateError::Thread)?;
+        pageferry_sys::thread::spawn("pf-move", move || {
+            let result = match claimed {
+                Some(claimed) => prepared.run(claimed),
+                None => prepared.claim().and_then(|claimed| prepared.run(claimed)),
+            };
+            let waker = {
+                let mut state = theirs.state.lock();
+                state.result = Some(result);
+                state.done = true;
+                state.waker.take()
+            };
+            theirs.finished.notify_all();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        })
+        .map_err(MigrateError::Thread)?;
         Ok(Handle { shared })
     }
 
