@@ -27,6 +27,7 @@ pub mod process;
 pub mod procfs;
 pub mod sched;
 mod sys;
+pub mod thread;
 pub mod uffd;
 pub mod usage;
 

@@ -3,6 +3,7 @@
 use crate::flight::{Flights, MAX_PAGES};
 use crate::policy::Policy;
 use crate::pool::Pools;
+use crate::sync::Mutex;
 use pageferry_copy::CopyBatch;
 use pageferry_sys::Sys;
 use pageferry_sys::fork::Quiesce;
@@ -10,7 +11,6 @@ use pageferry_sys::maps::Maps;
 use pageferry_sys::pagemap::{Entry, Pagemap};
 use pageferry_sys::uffd::{Progress, Uffd};
 use pageferry_sys::{Errno, page_size};
-use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 

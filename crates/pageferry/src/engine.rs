@@ -10,6 +10,7 @@ use crate::pool::{PoolConfig, PoolStats, Pools};
 use crate::quiesce::ForkGate;
 use crate::region::{References, Region, RegionBuilder};
 use crate::request::{Move, Part};
+use crate::sync::{Condvar, Mutex};
 use crate::units::overlap;
 use crate::{handler, probe, registered};
 use pageferry_copy::{CpuEngine, Kernel, WorkerPool};
@@ -19,7 +20,6 @@ use pageferry_sys::pagemap::Pagemap;
 use pageferry_sys::uffd::{Features, Rights, Signal, Uffd};
 use pageferry_sys::{Errno, Linux, Sys, affinity, fork, page_size};
 use pageferry_topology::{Machine, NodeId};
-use parking_lot::{Condvar, Mutex};
 use serde::Serialize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -111,7 +111,7 @@ impl Inner {
             if !found {
                 return;
             }
-            self.released.wait(&mut claims);
+            claims = self.released.wait(claims);
         }
     }
 
@@ -327,10 +327,7 @@ impl EngineBuilder {
             joins: Vec::with_capacity(2),
         };
         let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new()
-                .name(name.into())
-                .spawn(body)
-                .map_err(|e| BuildError::Threads(e.to_string()))
+            pageferry_sys::thread::spawn(name, body).map_err(|e| BuildError::Threads(e.to_string()))
         };
         threads.joins.push(spawn("pf-faults", {
             let ctx = Arc::clone(&ctx);
@@ -375,7 +372,7 @@ fn look_after_pools(inner: &Inner, stopping: &AtomicBool) {
         {
             let mut roused = roused.lock();
             while !*roused && !stopping.load(Ordering::Acquire) {
-                condition.wait(&mut roused);
+                roused = condition.wait(roused);
             }
             *roused = false;
         }
@@ -396,8 +393,7 @@ fn look_after_pools(inner: &Inner, stopping: &AtomicBool) {
                 pools.release_all();
                 break;
             }
-            let mut roused = roused.lock();
-            condition.wait_for(&mut roused, HOUSEKEEPING.min(inner.idle_release));
+            drop(condition.wait_for(roused.lock(), HOUSEKEEPING.min(inner.idle_release)));
         }
     }
 }

@@ -67,7 +67,7 @@ mod pool;
 mod probe;
 #[cfg(not(loom))]
 pub mod process;
-#[cfg(not(loom))]
+#[cfg_attr(loom, allow(dead_code, reason = "the model takes the gate alone"))]
 mod quiesce;
 #[cfg(not(loom))]
 mod region;

@@ -8,13 +8,13 @@ use crate::plan::Leg;
 use crate::policy::{DEFAULT_STALL_BUDGET, Wish};
 use crate::region::{References, Region, look};
 use crate::report::{Division, Order, Report};
+use crate::sync::{Condvar, Mutex};
 use crate::units::{normalize, overlap};
 use pageferry_copy::cpu::CHUNK;
 use pageferry_copy::{CopyEngine, CpuEngine, Kernel};
 use pageferry_sys::page_size;
 use pageferry_sys::uffd::Rights;
 use pageferry_topology::NodeId;
-use parking_lot::{Condvar, Mutex};
 use std::future::Future;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -256,25 +256,23 @@ impl Move {
             finished: Condvar::new(),
         });
         let theirs = Arc::clone(&shared);
-        std::thread::Builder::new()
-            .name("pf-move".into())
-            .spawn(move || {
-                let result = match claimed {
-                    Some(claimed) => prepared.run(claimed),
-                    None => prepared.claim().and_then(|claimed| prepared.run(claimed)),
-                };
-                let waker = {
-                    let mut state = theirs.state.lock();
-                    state.result = Some(result);
-                    state.done = true;
-                    state.waker.take()
-                };
-                theirs.finished.notify_all();
-                if let Some(waker) = waker {
-                    waker.wake();
-                }
-            })
-            .map_err(MigrateError::Thread)?;
+        pageferry_sys::thread::spawn("pf-move", move || {
+            let result = match claimed {
+                Some(claimed) => prepared.run(claimed),
+                None => prepared.claim().and_then(|claimed| prepared.run(claimed)),
+            };
+            let waker = {
+                let mut state = theirs.state.lock();
+                state.result = Some(result);
+                state.done = true;
+                state.waker.take()
+            };
+            theirs.finished.notify_all();
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        })
+        .map_err(MigrateError::Thread)?;
         Ok(Handle { shared })
     }
 
@@ -409,7 +407,7 @@ impl Prepared {
         loop {
             match self.claim_now(&mut claims)? {
                 Some(claimed) => return Ok(claimed),
-                None => inner.released.wait(&mut claims),
+                None => claims = inner.released.wait(claims),
             }
         }
     }
@@ -524,7 +522,7 @@ impl Handle {
     pub fn wait(self) -> Result<Report, MigrateError> {
         let mut state = self.shared.state.lock();
         while !state.done {
-            self.shared.finished.wait(&mut state);
+            state = self.shared.finished.wait(state);
         }
         state.result.take().expect("a handle gives its report once")
     }

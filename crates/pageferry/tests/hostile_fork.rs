@@ -3,6 +3,7 @@
 
 mod support;
 
+use pageferry::copy::Kernel;
 use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region};
 use pageferry_sys::page_size;
 use std::os::unix::process::CommandExt;
@@ -238,6 +239,35 @@ fn in_a_child_the_engine_refuses_and_may_be_dropped() {
     let report = engine.migrate(region.to(to)).even_if_there().run().expect("a move");
     assert!(report.is_complete(), "{report:?}");
     check(&region, 0..4 << 20);
+}
+
+#[test]
+fn children_of_a_program_with_many_movers_build_engines_of_their_own() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let _watchdog = Watchdog::new("engines of children");
+    let regions: Vec<_> = (0..3).map(|_| region(&engine, 2 << 20, Folios::Base)).collect();
+    let movers: Vec<_> =
+        regions.iter().map(|region| Mover::start(&engine, region, Order::Frozen)).collect();
+    movers.iter().for_each(|mover| mover.wait(1));
+    let (_, to) = nodes(&engine);
+    for turn in thinned(0..200) {
+        let child = fork(|| {
+            let Ok(engine) = Engine::builder().kernel(Kernel::MEMCPY).build() else { return 1 };
+            let Ok(region) = engine.map(4 << 20).build() else { return 2 };
+            fill(&region, 0..4 << 20);
+            let moved = engine.migrate(region.to(to)).even_if_there().start();
+            let report = moved.and_then(pageferry::Handle::wait);
+            check(&region, 0..4 << 20);
+            drop(region);
+            drop(engine);
+            i32::from(!report.is_ok_and(|r| r.is_complete()))
+        });
+        assert_eq!(wait(child), 0, "child {turn}; -14: it hung");
+    }
+    for mover in movers {
+        assert!(mover.finish().bytes(Outcome::Moved) > 0);
+    }
 }
 
 #[test]

@@ -27,7 +27,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, Once, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
-    thread::{Builder, JoinHandle},
+    thread::JoinHandle,
 };
 
 use pageferry_sys::affinity::CpuSet;
@@ -170,10 +170,9 @@ impl WorkerPool {
         };
         for index in 1..=count {
             let shared = Arc::clone(&pool.shared);
-            let thread = Builder::new()
-                .name(format!("pf-copy-{index}"))
-                .spawn(move || shared.thread())
-                .map_err(|source| PoolError::Spawn { index, count, source })?;
+            let thread =
+                pageferry_sys::thread::spawn(format!("pf-copy-{index}"), move || shared.thread())
+                    .map_err(|source| PoolError::Spawn { index, count, source })?;
             if !pin.is_empty() {
                 pin_thread(&thread, pin[(index - 1) % pin.len()])?;
             }

@@ -83,10 +83,9 @@ impl Listener {
         let socket = bind(&path).map_err(failed)?;
         let stop = Arc::new(AtomicBool::new(false));
         let theirs = Arc::clone(&stop);
-        let thread = std::thread::Builder::new()
-            .name("pf-control".into())
-            .spawn(move || serve(&engine, &socket, &theirs))
-            .map_err(failed)?;
+        let thread =
+            pageferry_sys::thread::spawn("pf-control", move || serve(&engine, &socket, &theirs))
+                .map_err(failed)?;
         Ok(Self { path, stop, thread: Some(thread), pid })
     }
 

@@ -1,6 +1,6 @@
 //! What is shared with who watches a move: the request to stop, and how far it is.
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};

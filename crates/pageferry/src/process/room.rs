@@ -6,9 +6,9 @@
 //! so that several workers never promise themselves the same memory.
 
 use super::Reserve;
+use crate::sync::Mutex;
 use pageferry_sys::process::ProcessKernel;
 use pageferry_topology::NodeId;
-use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;

@@ -9,8 +9,8 @@ use super::control::Control;
 use super::piece::Piece;
 use super::targets::Process;
 use super::walk::Walk;
+use crate::sync::{Condvar, Mutex};
 use pageferry_sys::process::ProcessKernel;
-use parking_lot::{Condvar, Mutex};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -95,7 +95,7 @@ impl Work {
                 self.kernel.sleep(due.saturating_sub(now).min(NAP));
                 state = self.state.lock();
             } else if state.busy > 0 {
-                self.changed.wait_for(&mut state, NAP);
+                state = self.changed.wait_for(state, NAP);
             } else if state.walk.find() {
                 state.walked = false;
                 // Relaxed: a number for display.
@@ -137,9 +137,9 @@ impl Work {
 
     /// Waits until something has changed, or for `time`.
     pub(super) fn wait(&self, time: Duration) {
-        let mut state = self.state.lock();
+        let state = self.state.lock();
         if !state.done {
-            self.changed.wait_for(&mut state, time);
+            drop(self.changed.wait_for(state, time));
         }
     }
 
