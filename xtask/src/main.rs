@@ -1,4 +1,4 @@
-//! The project's own chores: `cargo xtask test`, `guest`, `kernel` and `soak`.
+//! The project's own chores: `cargo xtask test`, `guest`, `kernel`, `soak` and `torture`.
 //!
 //! What always holds: a stage that does not run says why, the last line counts what passed,
 //! failed and was skipped, and the exit code is 0 only if nothing failed.
@@ -9,6 +9,7 @@ mod kernel;
 mod needs;
 mod stage;
 mod test;
+mod torture;
 
 use clap::{Args, Parser, Subcommand};
 use std::process::ExitCode;
@@ -33,6 +34,9 @@ enum Chore {
     Kernel(kernel::Kernel),
     /// Move memory back and forth under verifying readers and writers, for as long as told
     Soak(SoakArgs),
+    /// Move the memory of real, unmodified programs while they compute, and check what they compute
+    #[command(after_help = torture::PACKAGES)]
+    Torture(torture::Torture),
 }
 
 #[derive(Debug, Args)]
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Chore::Guest(what) => guest::guest(&what),
         Chore::Kernel(what) => kernel::kernel(&what),
         Chore::Soak(args) => test::soak(args.seconds),
+        Chore::Torture(args) => torture::torture(&args),
     };
     stages.conclude()
 }
