@@ -4,7 +4,7 @@ use crate::maps::{all, movable, without};
 use crate::own::{self, Moving, Recorded};
 use crate::tally::Tally;
 use pageferry::topology::NodeId;
-use pageferry::{Division, Engine, Frames, IoPins, Order, Region};
+use pageferry::{Division, Engine, Frames, References, Order, Region};
 use std::fs::read_to_string;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -103,7 +103,7 @@ fn round(
         // program's; what becomes of it later is up to the program, and reported. It is no stack
         // and nothing that this library, the engine or the C library had before. Engine and
         // library use their own allocator and thread-locals that are not in malloc's memory.
-        match unsafe { engine.adopt(start, range.len(), IoPins::Possible) } {
+        match unsafe { engine.adopt(start, range.len(), References::Possible) } {
             Ok(region) => regions.push(region),
             Err(error) => tally.refuse(&kind(&error.to_string())),
         }
