@@ -4,10 +4,8 @@
 //! waits for. So a spinner never spins where the process has one CPU, and stops at the first
 //! sign that it lost its CPU to another thread: a gap in time much longer than a few pauses.
 
-use std::{
-    sync::OnceLock,
-    time::{Duration, Instant},
-};
+use pageferry_sys::affinity::usable_cpus;
+use std::time::{Duration, Instant};
 
 /// Longest spin. A futex sleep and wake costs 5 to 50 us and a 64 KiB chunk takes 4 to 8 us, so
 /// what comes within this time is cheaper to spin for.
@@ -27,7 +25,7 @@ pub(crate) struct Spinner {
 
 impl Spinner {
     pub(crate) fn new() -> Self {
-        Self { began: None, last: None, over: cpus() < 2 }
+        Self { began: None, last: None, over: usable_cpus() < 2 }
     }
 
     /// Pauses for about a microsecond. False once it is better to sleep.
@@ -45,10 +43,4 @@ impl Spinner {
         self.over = lost || now - began > LIMIT;
         !self.over
     }
-}
-
-/// CPUs this process may run on, as of the first call.
-pub(crate) fn cpus() -> usize {
-    static CPUS: OnceLock<usize> = OnceLock::new();
-    *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }

@@ -3,6 +3,7 @@
 use crate::Errno;
 use std::ffi::c_ulong;
 use std::os::unix::thread::JoinHandleExt as _;
+use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
 /// CPUs that a set has room for, as in `cpu_set_t` (glibc's `CPU_SETSIZE`).
@@ -26,6 +27,14 @@ impl CpuSet {
             libc::sched_getaffinity(tid, size_of_val(&set), std::ptr::from_mut(&mut set).cast())
         };
         Errno::result(ret.into()).map(|_| set)
+    }
+
+    /// The CPUs that the process's main thread may run on.
+    ///
+    /// # Errors
+    /// As [`CpuSet::of_thread`].
+    pub fn of_main_thread() -> Result<Self, Errno> {
+        i32::try_from(std::process::id()).map_or(Err(Errno(libc::ESRCH)), Self::of_thread)
     }
 
     /// From now on the thread runs on these CPUs only; thread 0 is the calling one.
@@ -110,6 +119,25 @@ pub fn allowed_cpus() -> Vec<u32> {
             (0..u32::try_from(n).unwrap_or(1)).collect()
         }
     }
+}
+
+/// How many CPUs threads of [`thread::spawn`](crate::thread::spawn) may use at once: those of the
+/// process's main thread, and no more than the CPU quota of its control groups. As of the first
+/// call, whichever thread makes it.
+pub fn usable_cpus() -> usize {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    *CPUS.get_or_init(|| {
+        let count = || {
+            if let Ok(cpus) = CpuSet::of_main_thread() {
+                // Refused, it counts with the mask that it has.
+                let _ = cpus.apply(0);
+            }
+            // Of the calling thread's mask and the quota.
+            std::thread::available_parallelism().map_or(1, usize::from)
+        };
+        let counted = crate::thread::spawn("pf-cpus", count).map(JoinHandle::join);
+        counted.ok().and_then(Result::ok).unwrap_or_else(|| allowed_cpus().len().max(1))
+    })
 }
 
 /// The CPU that the calling thread is on now; it may be on another one when this returns.

@@ -6,7 +6,6 @@
 //! planner (a short lock a batch) and a few counters.
 
 use crate::berth::{Announced, Berth};
-use crate::engine::usable_cpus;
 use crate::job::{Frames, Job};
 use crate::plan::{Planner, Segment};
 use crate::policy::{Choice, MAX_WINDOW, STRETCH, TRIAL, Wish};
@@ -16,6 +15,7 @@ use crate::sync::Mutex;
 use crate::tally::{Phase, Tally};
 use crate::units::FolioSize;
 use pageferry_copy::{CopyBatch, CopyEngine};
+use pageferry_sys::affinity::usable_cpus;
 use pageferry_sys::mm::Advice;
 use pageferry_sys::page_size;
 use std::collections::VecDeque;

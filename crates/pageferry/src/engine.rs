@@ -14,15 +14,17 @@ use crate::sync::{Condvar, Mutex};
 use crate::units::overlap;
 use crate::{handler, probe, registered};
 use pageferry_copy::{CpuEngine, Kernel, WorkerPool};
+use pageferry_sys::affinity::usable_cpus;
 use pageferry_sys::maps::Maps;
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::Pagemap;
+use pageferry_sys::thread::Deaf;
 use pageferry_sys::uffd::{Features, Rights, Signal, Uffd};
-use pageferry_sys::{Errno, Linux, Sys, affinity, fork, page_size};
+use pageferry_sys::{Errno, Linux, Sys, fork, page_size};
 use pageferry_topology::{Machine, NodeId};
 use serde::Serialize;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -31,20 +33,6 @@ use std::time::{Duration, Instant};
 const FLIGHTS: usize = 256;
 /// How often the housekeeping thread looks, while there is something to look after.
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
-
-/// CPUs that this process may use.
-pub(crate) fn usable_cpus() -> usize {
-    static COUNT: AtomicUsize = AtomicUsize::new(0);
-    // Relaxed: the same value whoever computes it.
-    match COUNT.load(Ordering::Relaxed) {
-        0 => {
-            let n = affinity::allowed_cpus().len().max(1);
-            COUNT.store(n, Ordering::Relaxed);
-            n
-        }
-        n => n,
-    }
-}
 
 /// Moves pages of this process. Cheap to clone; the last clone, region and handle that goes away
 /// stops its threads.
@@ -203,7 +191,8 @@ impl EngineBuilder {
     }
 
     /// Threads that work on moves, the caller of a move counted: 1 to 1024. Default: the CPUs
-    /// that this process may use.
+    /// that the process's main thread may use, and no more than its CPU quota. Threads of the
+    /// engine run there, whichever thread builds it.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
@@ -504,6 +493,8 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         let inner = &self.inner;
         let pools = &inner.ctx.pools;
+        // Movers need the locks of the pools.
+        let _deaf = Deaf::new();
         Stats {
             frames: pools.stats(),
             frame_bytes: pools.extra_bytes(),

@@ -9,6 +9,7 @@
 //! a child (see [`crate::Engine`]).
 
 use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
+use pageferry_sys::thread;
 use std::marker::PhantomData;
 
 /// A fork waits for the gate, or has it; the bits below count the holds.
@@ -30,7 +31,11 @@ impl ForkGate {
     }
 
     /// Holds off forks until dropped; waits for one that waits or is under way.
+    ///
+    /// Where a fork may come, so may a signal handler that waits for a page or forks: this thread
+    /// has nothing that the holes of others need to close. Here they run.
     pub(crate) fn hold(&self) -> Held<'_> {
+        thread::hear();
         self.enter(|state| state & CLOSING != 0)
     }
 
@@ -61,10 +66,10 @@ impl ForkGate {
         }
     }
 
-    /// Whether a fork waits: whoever keeps the gate busy by several holes lets them all close.
+    /// Whether a fork waits, or a signal for this thread: whoever keeps the gate busy by several holes lets them all close.
     pub(crate) fn wanted(&self) -> bool {
         // Relaxed: a hint; `close` does the work.
-        self.state.load(Ordering::Relaxed) & CLOSING != 0
+        self.state.load(Ordering::Relaxed) & CLOSING != 0 || thread::is_called()
     }
 
     /// Waits until no hole is open, and keeps new ones from opening.

@@ -13,6 +13,7 @@ use crate::units::{normalize, overlap};
 use pageferry_copy::cpu::CHUNK;
 use pageferry_copy::{CopyEngine, CpuEngine, Kernel};
 use pageferry_sys::page_size;
+use pageferry_sys::thread::Deaf;
 use pageferry_sys::uffd::Rights;
 use pageferry_topology::NodeId;
 use std::future::Future;
@@ -231,7 +232,8 @@ impl Move {
         self
     }
 
-    /// Moves on the calling thread, which works too, and returns when all is done.
+    /// Moves on the calling thread, which works too, and returns when all is done. Signal handlers
+    /// run there between batches only, so that they may touch the region, or fork.
     ///
     /// # Errors
     /// [`MigrateError`]: nothing was touched (but for [`MigrateError::Panicked`]).
@@ -443,6 +445,9 @@ impl Prepared {
         // Relaxed: a counter for display.
         inner.moves.fetch_add(1, Ordering::Relaxed);
         inner.rouse();
+        // A handler of the program could wait for a page of this or another move, and so for this
+        // thread. They run between holes (`ForkGate::hold`).
+        let _deaf = Deaf::new();
         let moved = catch_unwind(AssertUnwindSafe(|| self.job.run(&self.blocks)));
         let report = match moved {
             Ok(Ok(report)) => report,

@@ -2,13 +2,15 @@
 
 mod support;
 
-use pageferry::Engine;
+use pageferry::{Engine, Folios};
 use std::future::Future;
 use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Wake, Waker};
 use std::thread::Thread;
-use support::{build, fill, first_node};
+use support::siege::{Watchdog, alone};
+use support::{build, check, engine, fill, first_node};
 
 /// Those of signal(7) that a thread causes itself, and those that nobody can block.
 const OPEN: [i32; 8] = [
@@ -87,4 +89,64 @@ fn threads_of_an_engine_take_no_signals_and_the_caller_keeps_its_mask() {
     }
     assert!(seen >= 2, "pf-faults and pf-pools, and copiers that have begun: {seen}");
     assert_eq!(mask(&own()), before, "the mask of who built the engine");
+}
+
+static ADDR: AtomicUsize = AtomicUsize::new(0);
+static LEN: AtomicUsize = AtomicUsize::new(0);
+static HEARD: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn read_region(_: i32) {
+    for at in (0..LEN.load(Ordering::Relaxed)).step_by(4096) {
+        let word = std::ptr::with_exposed_provenance::<u64>(ADDR.load(Ordering::Relaxed) + at);
+        // SAFETY: the test's region, there until the timer has been stopped.
+        unsafe { word.read_volatile() };
+    }
+    HEARD.fetch_add(1, Ordering::Relaxed);
+}
+
+extern "C" fn fork(_: i32) {
+    // SAFETY: the child ends at once; the parent waits for it.
+    unsafe {
+        match libc::fork() {
+            0 => libc::_exit(0),
+            child => libc::waitpid(child, std::ptr::null_mut(), 0),
+        }
+    };
+    HEARD.fetch_add(1, Ordering::Relaxed);
+}
+
+/// SIGALRM for the process every so many microseconds; 0: never again.
+fn every(us: i64) {
+    let time = libc::timeval { tv_sec: 0, tv_usec: us };
+    let timer = libc::itimerval { it_interval: time, it_value: time };
+    // SAFETY: reads the timer.
+    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+}
+
+#[test]
+fn handlers_that_read_the_region_or_fork_run_while_it_moves_on_the_thread_that_runs_the_move() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let _watchdog = Watchdog::new("signal handlers");
+    let region = engine.map(8 << 20).folios(Folios::Base).build().expect("memory for the test");
+    fill(&region, 0..region.len());
+    ADDR.store(region.addr(), Ordering::Relaxed);
+    LEN.store(region.len(), Ordering::Relaxed);
+    for (handler, us) in [(read_region as extern "C" fn(i32), 3000), (fork, 7000)] {
+        // SAFETY: a handler of the right kind; zero is a valid action otherwise.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut());
+        }
+        let until = HEARD.load(Ordering::Relaxed) + 40;
+        every(us);
+        while HEARD.load(Ordering::Relaxed) < until {
+            let part = region.to(first_node(&engine));
+            engine.migrate(part).even_if_there().run().expect("a move");
+        }
+        every(0);
+    }
+    check(&region, 0..region.len());
 }

@@ -30,10 +30,10 @@ use std::{
     thread::JoinHandle,
 };
 
-use pageferry_sys::affinity::CpuSet;
+use pageferry_sys::affinity::{CpuSet, usable_cpus};
 
 use super::rest::{IDLE, Rest};
-use crate::spin::{Spinner, cpus};
+use crate::spin::Spinner;
 
 /// Why a pool could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -130,13 +130,13 @@ extern "C" fn after_fork_in_child() {
 }
 
 impl WorkerPool {
-    /// A pool for as many copiers as the process has CPUs (its affinity mask and CPU quota),
-    /// not pinned.
+    /// A pool for as many copiers as the process has CPUs (its main thread's affinity mask, and
+    /// its CPU quota), not pinned.
     ///
     /// # Errors
     /// [`PoolError::Spawn`].
     pub fn new() -> Result<Self, PoolError> {
-        Self::with_copiers(cpus(), &[])
+        Self::with_copiers(usable_cpus(), &[])
     }
 
     /// A pool for `copiers` threads that copy at once: the caller and `copiers - 1` threads
