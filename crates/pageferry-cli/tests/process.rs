@@ -311,9 +311,13 @@ fn migratepages_is_silent_and_reads_nodes_as_numactl_does() {
     }
     let sleeper = Sleeper::start();
     let hexadecimal = format!("{:#x}", sleeper.0.id());
-    for (pid, from, to) in
-        [(sleeper.pid(), "all", "all"), (hexadecimal, "+0", "+0"), (sleeper.pid(), "all", "+0")]
-    {
+    for (pid, from, to) in [
+        (sleeper.pid(), "all", "all"),
+        (hexadecimal, "+0", "+0"),
+        (sleeper.pid(), "all", "+0"),
+        (sleeper.pid(), "!0", "0"),
+        (sleeper.pid(), "!all", "all"),
+    ] {
         let done = pageferry(&["migratepages", &pid, from, to]).success();
         assert_eq!((stdout(&done), stderr(&done)), (String::new(), String::new()), "{from} {to}");
     }
@@ -328,6 +332,9 @@ fn migratepages_ends_with_1_whatever_is_wrong() {
         &["x", "all", "all"],
         &[&sleeper.pid(), "9999", "all"],
         &[&sleeper.pid(), "all", "!all"],
+        &["4194304", "!all", "all"],
+        &[&sleeper.pid(), "netdev:lo", "all"],
+        &[&sleeper.pid(), "all", "pci:00:01.0"],
         &[&sleeper.pid(), "all"],
         &[],
         &[&sleeper.pid(), "all", "all", "all"],
@@ -381,6 +388,9 @@ move --pid PID --to 3-1
 move --pid PID --to 9999
 move --pid PID --to 99999
 move --pid PID --to !all
+move --pid PID --to netdev:lo
+move --pid PID --to !block:sda
+move --pid PID --to all --from ip:127.0.0.1
 move --pid PID --to +99
 move --pid PID --to 0,,1
 move --pid PID --to -1
@@ -493,6 +503,31 @@ fn a_minimum_age_is_refused_with_a_remedy_where_nothing_is_known_of_ages() {
         error.contains("--min-age") && error.contains("CONFIG_IDLE_PAGE_TRACKING=y"),
         "{error}"
     );
+}
+
+/// Runs the command by way of a program, which may be missing or not allowed to do what it does.
+fn by_way_of(program: &[&str], args: &[&str]) -> Option<std::process::Output> {
+    let run = |args: &[&str]| Command::new(program[0]).args(&program[1..]).args(args).output();
+    if !run(&["true"]).is_ok_and(|done| done.status.success()) {
+        eprintln!("skipped: `{}` does not work here", program.join(" "));
+        return None;
+    }
+    Some(run(&[&[PAGEFERRY.as_str()], args].concat()).expect("it did just now"))
+}
+
+#[test]
+fn a_proc_of_another_pid_namespace_is_refused() {
+    for args in [
+        &["where", "1"][..],
+        &["move", "--pid", "1", "--to", "all"],
+        &["move", "--pid", "1", "--to", "all", "--dry-run"],
+        &["migratepages", "1", "all", "all"],
+    ] {
+        let Some(done) = by_way_of(&["unshare", "--pid", "--fork"], args) else { return };
+        let error = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert_eq!((done.status.code(), &*done.stdout), (Some(1), &b""[..]), "{args:?}: {error}");
+        assert!(error.contains("another pid namespace") && error.contains("remedy: "), "{error}");
+    }
 }
 
 #[test]

@@ -235,6 +235,17 @@ pub(crate) fn page_nodes(pages: &[usize], status: &mut [i32]) -> Result<(), Errn
     Errno::result(ret).map(drop)
 }
 
+/// `set_mempolicy(2)` with `MPOL_DEFAULT`: the calling thread takes memory as the system does. To
+/// find out whether the call is allowed, by a thread that has no other policy.
+///
+/// # Errors
+/// `ENOSYS`: no NUMA; `EPERM`: a sandbox refuses it.
+pub fn set_default_policy() -> Result<(), Errno> {
+    // SAFETY: takes two numbers and no mask; it affects where memory comes from, not what is in it.
+    let ret = unsafe { libc::syscall(libc::SYS_set_mempolicy, 0, std::ptr::null::<u64>(), 0) };
+    Errno::result(ret).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

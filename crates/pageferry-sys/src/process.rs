@@ -84,6 +84,20 @@ pub trait ProcessView: Send + Sync + std::fmt::Debug {
 pub trait ProcessKernel: Send + Sync + std::fmt::Debug {
     /// Holds a process open; the number of one of its threads does too.
     fn open(&self, pid: u32) -> Result<Arc<dyn ProcessView>, Errno>;
+    /// Whether the caller may ask where pages are, of none: `EPERM`, `ENOSYS`: a sandbox refuses
+    /// `move_pages(2)` (seccomp; which errno is the profile's choice), or the kernel has no NUMA.
+    fn may_ask(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+    /// Whether the kernel knows no nodes (no `CONFIG_NUMA`): then all memory is on node 0.
+    fn lacks_numa(&self) -> bool {
+        false
+    }
+    /// Whether `/proc` has the numbers that system calls take: it may be that of another pid
+    /// namespace (`nsenter -p` without `-m`), where a number is another process's.
+    fn has_own_procfs(&self) -> bool {
+        true
+    }
     /// What the caller itself is: it moves pages, and what its cpuset forbids it cannot have moved.
     fn own_status(&self) -> Result<Status, Errno> {
         Err(Errno(libc::ENOSYS))
@@ -159,6 +173,18 @@ impl ProcessKernel for LinuxProcesses {
         Ok(Arc::new(LinuxView::new(pid, tid, dir, pidfd, self.no_scan)))
     }
 
+    fn may_ask(&self) -> Result<(), Errno> {
+        // Of no page of the caller's own: no right is needed, so nobody but a sandbox says no.
+        move_pages(0, &[], None, &mut [], 0).map(drop)
+    }
+    fn lacks_numa(&self) -> bool {
+        // drivers/base/node.c is built with CONFIG_NUMA only; without the other no sysfs is seen.
+        let devices = Path::new("/sys/devices/system");
+        devices.join("cpu").exists() && !devices.join("node").exists()
+    }
+    fn has_own_procfs(&self) -> bool {
+        procfs::is_own()
+    }
     fn own_status(&self) -> Result<Status, Errno> {
         // The number that this procfs knows us by: it may be that of another pid namespace.
         let own = fs::read_link("/proc/self").map_err(|e| errno_of(&e))?;

@@ -243,6 +243,27 @@ impl<R: Read + Send + std::fmt::Debug> ReadMaps for Maps<R> {
     }
 }
 
+/// Whether `/proc` is that of the caller's own pid namespace, so that the numbers in it are those
+/// that system calls take. Where there is no `/proc` at all it is not another's.
+pub fn is_own() -> bool {
+    match fs::read_link("/proc/self") {
+        Ok(own) => {
+            let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+            is_own_number(&own.to_string_lossy(), std::process::id(), &status)
+        }
+        // The link is there, and leads nowhere: who asks is not in that namespace.
+        Err(_) => fs::symlink_metadata("/proc/self").is_err(),
+    }
+}
+
+/// Whether a `/proc` that has the caller under this name is of its own namespace. `NSpid` has a
+/// number for each namespace from that of `/proc` on down to the caller's own (4.1;
+/// fs/proc/array.c, `task_state`): one, if they are the same. Numbers alone may agree by chance.
+fn is_own_number(name: &str, pid: u32, status: &str) -> bool {
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    name.parse() == Ok(pid) && numbers.is_none_or(|n| n.split_whitespace().count() == 1)
+}
+
 /// The parent of every process: pairs of a pid and its parent's.
 ///
 /// # Errors
@@ -347,6 +368,15 @@ mod tests {
         assert_eq!((parsed.started, parsed.kernel_thread, parsed.state), (12345, true, 'S'));
         assert_eq!((parsed.anonymous, parsed.nodes_allowed.as_str()), (8192, "0-1"));
         assert_eq!(Status::parse(status, "7 (a"), None);
+    }
+
+    #[test]
+    fn a_procfs_of_another_pid_namespace_is_told_even_where_numbers_agree() {
+        assert!(is_own_number("7", 7, "Name:\tx\nNSpid:\t7\n"));
+        assert!(is_own_number("7", 7, "Name:\tx\n"), "a kernel without pid namespaces");
+        assert!(!is_own_number("4711", 7, "NSpid:\t4711\t7\n"));
+        assert!(!is_own_number("7", 7, "NSpid:\t7\t7\n"));
+        assert!(is_own());
     }
 
     #[test]

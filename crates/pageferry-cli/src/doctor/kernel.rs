@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use pageferry_sys::mm::Advice;
+use pageferry_sys::mm::set_default_policy;
 use pageferry_sys::pagemap::{Categories, Entry, Pagemap, Run};
+use pageferry_sys::process::{LinuxProcesses, ProcessKernel as _};
 use pageferry_sys::uffd::{Features, Modes, Rights, Uffd};
 use pageferry_sys::{Errno, Linux, Sys, page_size};
 
@@ -237,6 +239,7 @@ fn policy(host: &Host, pages: &Pages) -> Check {
     let first_node = nodes.first().copied().unwrap_or(0);
     let calls = [
         ("mbind", Linux.prefer_node(pages.start, pages.len, first_node)),
+        ("set_mempolicy", set_default_policy()),
         ("move_pages", Linux.page_nodes(&[pages.start], &mut status)),
     ];
     let refused: Vec<String> = calls
@@ -244,16 +247,28 @@ fn policy(host: &Host, pages: &Pages) -> Check {
         .filter_map(|(call, result)| result.err().map(|errno| format!("{call}: {errno}")))
         .collect();
     if refused.is_empty() {
-        return Check::ok(ID, "mbind and move_pages: work");
+        return Check::ok(ID, "mbind, set_mempolicy and move_pages: work");
     }
-    let remedy = if host.seccomp_filter() {
-        "allow mbind, set_mempolicy and move_pages in the sandbox's seccomp profile \
-         (container runtimes do so for CAP_SYS_NICE: --cap-add SYS_NICE)"
-    } else {
+    let kernel = LinuxProcesses::default();
+    let remedy = if kernel.lacks_numa() {
         "use a kernel built with CONFIG_NUMA; without it pages move frame to frame only"
+    } else if host.seccomp_filter() {
+        "allow mbind, set_mempolicy and move_pages in the sandbox's seccomp profile (containers: \
+         --security-opt seccomp=PROFILE, or --cap-add SYS_NICE where the runtime's profile goes \
+         by that)"
+    } else {
+        "let the security module's policy (SELinux, AppArmor) allow them; a kernel needs \
+         CONFIG_NUMA and CONFIG_MIGRATION for them"
     };
-    if nodes.len() > 1 {
-        Check::missing(ID, format!("no node can be chosen: {}", refused.join(", ")), remedy)
+    // Without NUMA there is nothing that could be asked for; a refusal also keeps `where` and
+    // `move` from doing anything.
+    let is_refused = kernel.may_ask().is_err() && !kernel.lacks_numa();
+    if nodes.len() > 1 || is_refused {
+        Check::missing(
+            ID,
+            format!("no node can be asked for or chosen: {}", refused.join(", ")),
+            remedy,
+        )
     } else {
         Check::warn(ID, refused.join(", "), remedy)
     }

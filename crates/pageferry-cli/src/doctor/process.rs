@@ -7,6 +7,7 @@
 //! `Documentation/admin-guide/mm/idle_page_tracking.rst`.
 
 use pageferry_sys::idle::BITMAP;
+use pageferry_sys::procfs;
 use pageferry_topology::{Machine, NodeList};
 
 use super::Check;
@@ -20,7 +21,9 @@ pub(super) fn checks(host: &Host, nodes: usize) -> Vec<Check> {
     let tiers = machine.as_ref().map_or(1, |machine| machine.tiers().len());
     vec![
         between(host, &memory, nodes),
+        numbers(procfs::is_own()),
         others(host),
+        hidden(host),
         shared(host),
         ptrace_scope(host),
         cpuset(host, &memory),
@@ -45,6 +48,50 @@ fn between(host: &Host, memory: &NodeList, nodes: usize) -> Check {
         found += &format!(", but not to node {forbidden}, which the cpuset here forbids");
     }
     Check::ok(ID, found)
+}
+
+/// Numbers of processes are looked up in `/proc` and given to system calls.
+fn numbers(is_own: bool) -> Check {
+    const ID: &str = "proc";
+    if is_own {
+        return Check::ok(ID, "/proc is that of this pid namespace");
+    }
+    Check::missing(
+        ID,
+        "/proc is that of another pid namespace: its numbers are other processes' here",
+        "enter the mount namespace too (nsenter -p -m), or mount -t proc proc /proc in a mount \
+         namespace of your own",
+    )
+}
+
+/// What procfs hides from whom it does not belong to (`hidepid` in proc(5)); one may belong to a
+/// group that sees everything, which the mount does not tell of a caller.
+fn hidden(host: &Host) -> Check {
+    const ID: &str = "proc-hidden";
+    let mounts = host.text("proc/self/mounts").unwrap_or_default();
+    // The last mount at a place is the one that is seen.
+    let options = mounts.lines().rev().find_map(|line| {
+        let mut fields = line.split(' ').skip(1);
+        (fields.next()? == "/proc").then(|| fields.nth(1).unwrap_or_default().to_owned())
+    });
+    let hidepid = options
+        .iter()
+        .flat_map(|all| all.split(','))
+        .find(|o| o.starts_with("hidepid=") && !matches!(*o, "hidepid=0" | "hidepid=off"));
+    match hidepid {
+        None => Check::ok(ID, "/proc hides no process"),
+        Some(option) if host.has(Capability::SysPtrace) => {
+            Check::ok(ID, format!("/proc is mounted with {option}; CAP_SYS_PTRACE sees all"))
+        }
+        Some(option) => Check::warn(
+            ID,
+            format!(
+                "/proc is mounted with {option}: processes of other users look as if not there"
+            ),
+            "run as root or with CAP_SYS_PTRACE, join the group of its gid= option, or mount -o \
+             remount,hidepid=0 /proc",
+        ),
+    }
 }
 
 /// Looking into and moving takes `PTRACE_MODE_READ_REALCREDS`: the same user, dumpable, and no
@@ -204,6 +251,23 @@ mod tests {
         assert!(found[2].found.contains("forbids node 1"), "{:?}", found[2]);
         let between = between(&host, &two(), 2);
         assert!(between.found.contains("not to node 1"), "{between:?}");
+    }
+
+    #[test]
+    fn a_proc_that_is_anothers_or_hides_processes_is_named_with_a_remedy() {
+        assert_eq!(numbers(true).status, Status::Ok);
+        let foreign = numbers(false);
+        assert!(foreign.status == Status::Missing && foreign.remedy.is_some(), "{foreign:?}");
+        let status = |options: &str, capabilities: &str| {
+            let mounts = format!("proc /proc proc rw 0 0\nproc /proc proc {options} 0 0\n");
+            let own = format!("CapEff:\t{capabilities}\n");
+            hidden(&host(&[("proc/self/mounts", &mounts), ("proc/self/status", &own)]).1).status
+        };
+        assert_eq!(status("rw,relatime", "0"), Status::Ok);
+        assert_eq!(status("rw,hidepid=off", "0"), Status::Ok);
+        assert_eq!(status("rw,gid=7,hidepid=invisible", "0"), Status::Warn);
+        // CAP_SYS_PTRACE is bit 19.
+        assert_eq!(status("rw,hidepid=2", "80000"), Status::Ok);
     }
 
     #[test]

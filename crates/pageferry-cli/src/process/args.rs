@@ -151,7 +151,19 @@ pub(super) fn with_memory_only(
     })
 }
 
+/// What numactl takes for the nodes of devices (libnuma, affinity.c).
+const DEVICES: [&str; 5] = ["netdev:", "file:", "ip:", "pci:", "block:"];
+
 fn bad_list(option: &str, text: &str, error: &ListError, allowed: &NodeList) -> Problem {
+    let named = text.trim().trim_start_matches(['!', '+']);
+    if let Some(form) = DEVICES.iter().find(|form| named.starts_with(**form)) {
+        return Problem::bad_input(
+            format!("{option} '{text}': the node of a device is not looked up"),
+            format!("of numactl's forms, {form} and its like are not taken, only numbers of nodes"),
+            "read the device's numa_node below /sys (of a network card: \
+             /sys/class/net/NAME/device/numa_node), and name that node",
+        );
+    }
     Problem::bad_input(
         format!("{option} '{text}': not a list of nodes of this machine"),
         error.to_string(),

@@ -5,10 +5,15 @@
 //! are busy are tried again, a destination that fills up is left alone at the kernel's watermark,
 //! and what is wrong is said in this command's form, on stderr.
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
 use clap::Args;
-use pageferry::process::{Destination, ProcessMove, Selection};
+use pageferry::process::{Destination, ProcessMove, Selection, TargetError};
+use pageferry::{Busy, Outcome};
+use pageferry_sys::Errno;
 use pageferry_sys::procfs::ProcDir;
-use pageferry_topology::NodeList;
+use pageferry_topology::{Machine, NodeList};
 
 use super::{args, trouble};
 use crate::cancel;
@@ -17,7 +22,10 @@ use crate::output::Problem;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Says nothing and ends with 0 also where pages stayed behind, with 1 where \
+    after_help = "Nodes are written as numbers, as in numactl; its forms for the nodes of devices \
+                        (netdev:, file:, ip:, pci:, block:) are not taken. Where FROM is !N and \
+                        there is no other node, there is nothing to do.\n\n\
+                        Says nothing and ends with 0 also where pages stayed behind, with 1 where \
                         anything is wrong, as migratepages(8) does. `pageferry move` reports.\n\n\
                         FROM and TO are sets, whose order as written is not kept: the lowest node \
                         of FROM goes to the lowest of TO. `0,1 1,0` therefore takes 0 to 0 and 1 \
@@ -58,12 +66,37 @@ fn migrate(args: &MigratepagesArgs) -> Result<(), Problem> {
     let own: Option<NodeList> = own.ok().and_then(|own| own.nodes_allowed.parse().ok());
     let own = own.filter(|nodes| !nodes.is_empty());
     let allowed = own.map_or_else(|| with_memory.clone(), |own| with_memory.intersection(&own));
-    let from = args::with_memory_only("FROM", &args.from, &machine, &allowed)?;
+    let from = from(&args.from, &machine, &allowed)?;
     let to = args::with_memory_only("TO", &args.to, &machine, &allowed)?;
+    // With nothing to take pages from only the process is checked, as the original does.
+    let stop = match from.is_empty() {
+        true => Arc::new(AtomicBool::new(true)),
+        false => cancel::requested_flag().clone(),
+    };
     let report = ProcessMove::new(Selection::new().pid(pid), Destination::paired(&from, &to))
-        .cancelled_by(cancel::requested_flag().clone())
-        .run();
-    report.map(drop).map_err(|error| trouble::of_move(&error))
+        .cancelled_by(stop)
+        .run()
+        .map_err(|error| trouble::of_move(&error))?;
+    let errnos = report.lines.iter().filter_map(|line| match line.outcome {
+        Outcome::Busy(Busy::Other(errno)) => Some(Errno(errno)),
+        _ => None,
+    });
+    let refused = errnos.into_iter().find(|errno| matches!(errno.name(), "EPERM" | "ENOSYS"));
+    // The original's one call would have ended with it.
+    match refused {
+        Some(errno) => Err(trouble::of_target(&TargetError::Refused(errno))),
+        None => Ok(()),
+    }
+}
+
+/// The nodes that pages are taken from; none, where all but some are named and there are no others:
+/// scripts say `!N N`, on any machine.
+fn from(text: &str, machine: &Machine, allowed: &NodeList) -> Result<NodeList, Problem> {
+    let named = text.trim().strip_prefix('!').map(|rest| NodeList::parse(rest, allowed));
+    if named.is_some_and(|named| named.is_ok_and(|named| allowed.difference(&named).is_empty())) {
+        return Ok(NodeList::new());
+    }
+    args::with_memory_only("FROM", text, machine, allowed)
 }
 
 /// A number as `strtoul(3)` reads it with base 0: decimal, 0x hexadecimal, 0 octal.

@@ -27,7 +27,8 @@ use crate::size::parse_size;
 const ROUNDS: u32 = 256;
 /// What is asked of programs themselves, and when.
 const AFTER_HELP: &str = "\
-Nodes are written as in numactl: 0,2-3, all, !1 (all but 1), +0 (the first). Sizes take K, M, G and \
+Nodes are written as numbers, as in numactl: 0,2-3, all, !1 (all but 1), +0 (the first); not as \
+those of devices (netdev:, pci: and the like). Sizes take K, M, G and \
 T, powers of 1024.
 
 A program that uses the pageferry library and listens is asked to move its regions itself, with \

@@ -65,7 +65,13 @@ pub(crate) fn run(args: &WhereArgs, context: &Context) -> anyhow::Result<Exit> {
     let Some(every) = args.watch else {
         let found = look(args, &targets).map_err(|error| trouble::of_target(&error))?;
         show(args, context, &found, "")?;
-        return Ok(if cancel::requested() { Exit::Cancelled } else { Exit::Ok });
+        // Of nothing the node could be told: the notes say why.
+        let in_vain = found.unknown > 0 && found.holdings.is_empty();
+        return Ok(match cancel::requested() {
+            true => Exit::Cancelled,
+            false if in_vain => Exit::Failed,
+            false => Exit::Ok,
+        });
     };
     let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
     let (mut looked, mut had_some) = (false, false);
@@ -141,6 +147,8 @@ struct Document<'a> {
     present_bytes: u64,
     /// Present, but on a node that could not be told.
     unknown_bytes: u64,
+    /// Present at first, and given back before their node was asked for.
+    gone_bytes: u64,
     nodes: Vec<NodeBytes>,
     holdings: &'a [Holding],
     swapped: Vec<KindBytes>,
@@ -210,6 +218,7 @@ impl<'a> Document<'a> {
             mappings: found.mappings,
             present_bytes: found.bytes(),
             unknown_bytes: found.unknown,
+            gone_bytes: found.gone,
             nodes: nodes.map(|(node, bytes)| NodeBytes { node, bytes }).collect(),
             holdings: &found.holdings,
             swapped: swapped.collect(),

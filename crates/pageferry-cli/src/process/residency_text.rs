@@ -45,9 +45,12 @@ fn write_text(found: &ProcessResidency, nodes: &NodeList, out: &mut String) -> f
         }
     }
     if found.unknown > 0 {
-        row(["?".into(), "given back meanwhile".into(), String::new()], found.unknown);
+        row(["?".into(), "could not be told".into(), String::new()], found.unknown);
     }
     write!(out, "\n{table}")?;
+    if found.gone > 0 {
+        writeln!(out, "\ngiven back meanwhile: {}", size(found.gone))?;
+    }
     if !found.swapped.is_empty() {
         let kinds = found.swapped.iter().map(|(kind, bytes)| format!("{kind} {}", size(*bytes)));
         writeln!(out, "\nswapped out: {}", kinds.collect::<Vec<_>>().join(", "))?;

@@ -16,6 +16,27 @@ pub(super) fn of_target(error: &TargetError) -> Problem {
             "there is nothing to look at",
             "name a pid or a cgroup",
         ),
+        TargetError::ForeignProcfs => Problem {
+            what: "/proc shows another pid namespace than this command is in".into(),
+            because: "a number there is another process than in a system call (nsenter -p without \
+                      -m, unshare -p without --mount-proc)"
+                .into(),
+            remedy:
+                "enter the mount namespace too (nsenter -p -m), or mount -t proc proc /proc in \
+                     a mount namespace of your own"
+                    .into(),
+            exit: Exit::Failed,
+        },
+        TargetError::Refused(errno) => Problem {
+            what: "this command may not ask where pages are".into(),
+            because: format!("move_pages(2) is refused: {errno}"),
+            remedy:
+                "allow move_pages in the sandbox's seccomp profile (containers: --security-opt \
+                     seccomp=PROFILE, or --cap-add SYS_NICE where the runtime's profile goes by \
+                     that); `pageferry doctor` says what else is refused"
+                    .into(),
+            exit: Exit::Failed,
+        },
         TargetError::NoProcess(pid) => Problem::bad_input(
             format!("cannot look at process {pid}"),
             "there is none: it has ended, or lives in another pid namespace",

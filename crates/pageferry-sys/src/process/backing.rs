@@ -7,6 +7,7 @@
 use crate::Errno;
 use std::fs;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::sync::OnceLock;
 
 /// What a device that mappings name keeps its objects in.
@@ -16,6 +17,9 @@ pub enum Backing {
     SharedMemory,
     /// Huge pages of this many bytes.
     Hugetlb(usize),
+    /// The device `/dev/zero`, the inode of that number: private mappings of it are anonymous
+    /// memory (drivers/char/mem.c, `mmap_zero`).
+    Zero(u64),
 }
 
 /// The devices that are not ordinary files', by major and minor number.
@@ -26,6 +30,14 @@ pub(super) fn all(mountinfo: &str) -> Backings {
     let mut backings = internal_mounts().clone();
     backings.extend(mountinfo.lines().filter_map(mount));
     backings
+}
+
+/// `/dev/zero` as it is found at `path`: the character device 1:5, by its device and inode.
+pub(super) fn zero(path: &str) -> Option<((u32, u32), Backing)> {
+    let found = fs::metadata(path).ok()?;
+    let is_zero = found.file_type().is_char_device() && found.rdev() == libc::makedev(1, 5);
+    let device = (libc::major(found.dev()), libc::minor(found.dev()));
+    is_zero.then_some((device, Backing::Zero(found.ino())))
 }
 
 /// A line of mountinfo, if its file system is not one of ordinary files.
@@ -106,6 +118,12 @@ mod tests {
         assert_eq!(huge, Some((device, Backing::Hugetlb(2 << 20))));
         assert_eq!(mount(&line("ext4", "rw")), None);
         assert_eq!(mount("garbage"), None);
+    }
+
+    #[test]
+    fn the_zero_device_is_known_by_what_it_is_not_by_its_name() {
+        assert!(matches!(zero("/dev/zero"), Some((_, Backing::Zero(_)))));
+        assert_eq!([zero("/dev/null"), zero("/proc/self/status"), zero("/no/such")], [None; 3]);
     }
 
     #[test]

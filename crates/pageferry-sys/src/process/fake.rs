@@ -181,6 +181,9 @@ struct State {
     later: Vec<(Duration, Event)>,
     idle: Idle,
     no_scan: bool,
+    refused: Option<Errno>,
+    no_numa: bool,
+    foreign_procfs: bool,
     only_own: bool,
     own_nodes: String,
     pools: BTreeMap<(u32, usize), u64>,
@@ -232,6 +235,22 @@ impl FakeKernel {
     /// The kernel has no `PAGEMAP_SCAN`.
     pub fn without_scan(&self) {
         self.lock().no_scan = true;
+    }
+
+    /// `move_pages(2)` is refused, whatever it is asked.
+    pub fn refuse(&self, errno: Errno) {
+        self.lock().refused = Some(errno);
+    }
+
+    /// The kernel has no NUMA.
+    pub fn without_numa(&self) {
+        self.refuse(Errno(libc::ENOSYS));
+        self.lock().no_numa = true;
+    }
+
+    /// `/proc` is that of another pid namespace.
+    pub fn with_foreign_procfs(&self) {
+        self.lock().foreign_procfs = true;
     }
 
     /// The caller has no `CAP_SYS_NICE`.

@@ -135,7 +135,11 @@ impl ProcessView for LinuxView {
 
     fn backings(&self) -> Backings {
         let mounts = self.dir.read("mountinfo").unwrap_or_default();
-        backing::all(&String::from_utf8_lossy(&mounts))
+        let mut backings = backing::all(&String::from_utf8_lossy(&mounts));
+        // Its own, and ours for one that has changed its root since it mapped it.
+        let own = format!("/proc/{}/root/dev/zero", self.pid);
+        backings.extend([&*own, "/dev/zero"].into_iter().filter_map(backing::zero));
+        backings
     }
 
     fn scan(

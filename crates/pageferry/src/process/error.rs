@@ -24,6 +24,21 @@ pub enum TargetError {
     /// Nothing was named.
     #[error("no process is named: give at least one pid or cgroup")]
     Empty,
+    /// `/proc` is that of another pid namespace: a number means one process there, and another in
+    /// a system call.
+    #[error(
+        "/proc is that of another pid namespace, whose numbers are other processes' (nsenter -p \
+         without -m): mount procfs of this one, as `unshare --mount-proc` does, or enter its \
+         mount namespace too"
+    )]
+    ForeignProcfs,
+    /// The kernel, or a sandbox, does not let this program ask where pages are.
+    #[error(
+        "move_pages(2) is refused to this program ({0}), so that it can neither tell where pages \
+         are nor move them: allow it in the sandbox's seccomp profile (containers: --security-opt \
+         seccomp=PROFILE, or --cap-add SYS_NICE where the runtime's profile goes by that)"
+    )]
+    Refused(#[source] Errno),
     /// There is no such process.
     #[error("there is no process {0}: it has ended, or lives in another pid namespace")]
     NoProcess(u32),

@@ -147,6 +147,8 @@ pub enum Note {
         /// Base pages that calls are not cut below.
         least_pages: usize,
     },
+    /// The kernel has no NUMA: all memory is on node 0, and no page was asked for.
+    NoNuma,
     /// Too many scattered pieces of shared memory to remember: what several mappings have in
     /// common is counted more than once.
     CountedTwice,
@@ -229,6 +231,7 @@ impl fmt::Display for Note {
                 "calls took {median_us} us, longer than the target of {target_us} us: pages are \
                  slow here, and calls are not cut below {least_pages} pages, or one huge page"
             ),
+            Self::NoNuma => f.write_str("this kernel has no NUMA: all memory is on node 0"),
             Self::CountedTwice => {
                 f.write_str("shared memory is counted once for each process that maps it")
             }

@@ -225,13 +225,15 @@ impl ProcessMove {
                 return Err(ProcessError::Forbidden { pid: status.tgid, node, allowed });
             }
         }
+        // What a sandbox refuses was an error above.
+        let kernel_asked = self.kernel.may_ask();
         // The kernel allocates for the caller: it would say that the node has no memory.
         let own = self.kernel.own_status().unwrap_or_default();
         if let Some((node, allowed)) = forbidden(&own, &placement.nodes) {
             return Err(ProcessError::OwnCpuset { node, allowed });
         }
-        if targets.lacks_numa() {
-            return Err(ProcessError::NoNuma(Errno(libc::ENOSYS)));
+        if let Err(errno) = kernel_asked {
+            return Err(ProcessError::NoNuma(errno));
         }
         let control = Arc::new(Control::new(self.cancel));
         let kernel = self.kernel;

@@ -60,8 +60,11 @@ pub struct ProcessResidency {
     pub top: Vec<BigMapping>,
     /// Bytes swapped out, by kind.
     pub swapped: Vec<(Kind, u64)>,
-    /// Bytes that were there and whose node could not be told: given back meanwhile, mostly.
+    /// Bytes whose node could not be told; a note says why.
     pub unknown: u64,
+    /// Bytes that were there and were given back before their node was asked for. They are not
+    /// present any more.
+    pub gone: u64,
     /// Processes looked at.
     pub processes: u64,
     /// Mappings looked at.
@@ -136,7 +139,11 @@ impl Where {
         let mut notes = Notes::default();
         let (targets, _) = Targets::check(&*self.kernel, &self.selection, &mut notes)?;
         let mut walk = Walk::new(Arc::clone(&self.kernel), targets, self.selection.filter, true);
-        let mut look = Look { top: Top::new(self.top), ..Look::default() };
+        let no_numa = self.kernel.may_ask() == Err(Errno(libc::ENOSYS)) && self.kernel.lacks_numa();
+        if no_numa {
+            notes.add(Note::NoNuma);
+        }
+        let mut look = Look { top: Top::new(self.top), no_numa, ..Look::default() };
         while walk.find() {
             while let Some(piece) = walk.next_piece() {
                 // Relaxed: a request; nothing is published with it.
@@ -163,6 +170,7 @@ impl Where {
             top: look.top.list,
             swapped: walk.swapped,
             unknown: look.unknown,
+            gone: look.gone,
             processes: walk.processes,
             mappings: walk.mappings,
             notes,
@@ -177,6 +185,9 @@ struct Look {
     status: Vec<i32>,
     sums: BTreeMap<(NodeId, Kind, u64), u64>,
     unknown: u64,
+    gone: u64,
+    /// Everything is on node 0.
+    no_numa: bool,
     top: Top,
 }
 
@@ -186,7 +197,13 @@ impl Look {
         self.addresses.extend(piece.spans.iter().flat_map(Span::addresses));
         self.status.clear();
         self.status.resize(self.addresses.len(), UNTOLD);
-        let asked = piece.process.view.nodes(&self.addresses, &mut self.status);
+        let asked = match self.no_numa {
+            true => {
+                self.status.fill(0);
+                Ok(())
+            }
+            false => piece.process.view.nodes(&self.addresses, &mut self.status),
+        };
         if asked.is_err() {
             self.status.fill(UNTOLD);
         }
@@ -206,6 +223,10 @@ impl Look {
                         if let Some((vma, kind)) = mapping {
                             self.top.add(piece.process.pid, vma, *kind, node, bytes);
                         }
+                    }
+                    // No page there, or no mapping (`do_pages_stat_array`).
+                    Err(_) if [-libc::ENOENT, -libc::EFAULT].contains(&same[0]) => {
+                        self.gone += bytes;
                     }
                     Err(_) => self.unknown += bytes,
                 }

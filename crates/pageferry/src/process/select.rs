@@ -51,11 +51,16 @@ impl Kind {
     pub(crate) fn of(vma: &Vma, backings: &Backings) -> Option<(Self, usize)> {
         let base = page_size();
         if vma.inode != 0 {
-            let backing = backings.iter().find(|(device, _)| *device == vma.device);
+            let is_zero = !vma.shared && backings.contains(&(vma.device, Backing::Zero(vma.inode)));
+            if is_zero {
+                return Some((Self::Anonymous, base));
+            }
+            let mut backings = backings.iter().filter(|(_, b)| !matches!(b, Backing::Zero(_)));
+            let backing = backings.find(|(device, _)| *device == vma.device);
             return Some(match backing {
                 Some((_, Backing::SharedMemory)) => (Self::SharedMemory, base),
                 Some((_, Backing::Hugetlb(bytes))) => (Self::Hugetlb, *bytes),
-                None => (Self::File, base),
+                _ => (Self::File, base),
             });
         }
         let kind = match vma.name.as_str() {
@@ -250,7 +255,13 @@ mod tests {
             name: name.into(),
             ..Vma::default()
         };
-        let backings = vec![((0, 1), Backing::SharedMemory), ((0, 2), Backing::Hugetlb(1 << 30))];
+        let backings = vec![
+            ((0, 1), Backing::SharedMemory),
+            ((0, 2), Backing::Hugetlb(1 << 30)),
+            // `/dev` is a tmpfs in many containers.
+            ((0, 1), Backing::Zero(5)),
+            ((0, 4), Backing::Zero(5)),
+        ];
         let kind = |v: Vma| Kind::of(&v, &backings);
         let base = page_size();
         assert_eq!(kind(vma(0, 0, "")), Some((Kind::Anonymous, base)));
@@ -260,6 +271,13 @@ mod tests {
         assert_eq!(kind(vma(0, 0, "[vdso]")), None);
         assert_eq!(kind(vma(7, 1, "/memfd:x (deleted)")), Some((Kind::SharedMemory, base)));
         assert_eq!(kind(vma(7, 2, "/anon_hugepage (deleted)")), Some((Kind::Hugetlb, 1 << 30)));
+        // A private mapping of /dev/zero is anonymous memory, whatever /dev is.
+        for minor in [1, 4] {
+            assert_eq!(kind(vma(5, minor, "/dev/zero")), Some((Kind::Anonymous, base)));
+        }
+        let shared = Vma { shared: true, ..vma(5, 1, "/dev/zero") };
+        assert_eq!(kind(shared), Some((Kind::SharedMemory, base)));
+        assert_eq!(kind(vma(6, 4, "/dev/zero")), Some((Kind::File, base)), "a file of that name");
         assert_eq!(kind(vma(7, 3, "/bin/x")), Some((Kind::File, base)));
     }
 }

@@ -188,6 +188,14 @@ impl Targets {
         if selection.targets.is_empty() {
             return Err(TargetError::Empty);
         }
+        if !kernel.has_own_procfs() {
+            return Err(TargetError::ForeignProcfs);
+        }
+        match kernel.may_ask() {
+            // Nobody has to be asked where everything is on one node.
+            Err(Errno(libc::ENOSYS)) if kernel.lacks_numa() => {}
+            asked => asked.map_err(TargetError::Refused)?,
+        }
         let (mut pids, mut groups) = (BTreeSet::new(), Vec::new());
         let (mut named, mut statuses, mut listed) = (Vec::new(), Vec::new(), BTreeSet::new());
         for target in &selection.targets {
@@ -220,12 +228,6 @@ impl Targets {
         }
         let (known, children) = (HashMap::new(), selection.children);
         Ok((Self { named, pids, listed, groups, children, known, first: true }, statuses))
-    }
-
-    /// Whether the kernel knows no nodes at all; it is asked about no page.
-    pub(super) fn lacks_numa(&self) -> bool {
-        let first = self.named.first();
-        first.is_some_and(|(p, _)| p.view.nodes(&[], &mut []) == Err(Errno(libc::ENOSYS)))
     }
 
     /// Processes that were not found before.

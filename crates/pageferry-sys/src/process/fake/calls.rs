@@ -19,6 +19,15 @@ impl ProcessKernel for FakeKernel {
         found.then_some(()).ok_or(Errno(libc::ESRCH))?;
         Ok(Arc::new(FakeView { kernel: self.clone(), pid }))
     }
+    fn may_ask(&self) -> Result<(), Errno> {
+        self.lock().refused.map_or(Ok(()), Err)
+    }
+    fn lacks_numa(&self) -> bool {
+        self.lock().no_numa
+    }
+    fn has_own_procfs(&self) -> bool {
+        !self.lock().foreign_procfs
+    }
     fn own_status(&self) -> Result<Status, Errno> {
         let nodes_allowed = self.lock().own_nodes.clone();
         Ok(Status { tgid: std::process::id(), nodes_allowed, ..Status::default() })
@@ -176,6 +185,7 @@ impl ProcessView for FakeView {
     fn nodes(&self, pages: &[usize], status: &mut [i32]) -> Result<(), Errno> {
         let mut state = self.kernel.lock();
         state.check(ProcessOp::Nodes)?;
+        state.refused.map_or(Ok(()), Err)?;
         let process = state.living(self.pid)?;
         for (&address, told) in pages.iter().zip(status) {
             *told = match page_at(process, address) {
@@ -202,6 +212,7 @@ impl ProcessView for FakeView {
         let due = state.events.extract_if(.., |(at, _)| *at <= nth).collect::<Vec<_>>();
         due.into_iter().for_each(|(_, event)| state.happen(event));
         state.check(ProcessOp::MovePages)?;
+        state.refused.map_or(Ok(()), Err)?;
         let result = state.move_all(self.pid, pages, nodes, status, shared);
         let took = state.now - began;
         state.moves.push((pages.len(), took));
