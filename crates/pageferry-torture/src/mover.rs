@@ -4,7 +4,7 @@ use crate::maps::{all, movable, without};
 use crate::own::{self, Moving, Recorded};
 use crate::tally::Tally;
 use pageferry::topology::NodeId;
-use pageferry::{Division, Engine, Frames, References, Order, Region};
+use pageferry::{Division, Engine, Frames, Order, References, Region};
 use std::fs::read_to_string;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};

@@ -66,7 +66,8 @@ impl ForkGate {
         }
     }
 
-    /// Whether a fork waits, or a signal for this thread: whoever keeps the gate busy by several holes lets them all close.
+    /// Whether a fork waits, or a signal for this thread: whoever keeps the gate busy by several
+    /// holes lets them all close.
     pub(crate) fn wanted(&self) -> bool {
         // Relaxed: a hint; `close` does the work.
         self.state.load(Ordering::Relaxed) & CLOSING != 0 || thread::is_called()

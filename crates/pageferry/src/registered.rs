@@ -12,7 +12,7 @@
 
 use crate::berth::back_off;
 use crate::context::Context;
-use crate::units::normalize;
+use crate::units::{normalize, overlap};
 use pageferry_sys::uffd::Modes;
 use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
@@ -50,11 +50,28 @@ impl<'c> Registered<'c> {
         let mut this = Self { ctx, ranges: Vec::new() };
         {
             let _one = ctx.registering.lock();
-            for range in widened(ctx, blocks, wholes)? {
-                // Before the call, which may come half-way before it fails.
+            // Watched before they are registered, which may come half-way before it fails; and
+            // also where nothing is mapped, so that this is noted.
+            let mut watch = |range: &Range<usize>| {
                 ctx.flights.watch(range.clone());
                 this.ranges.push(range.clone());
-                register(ctx, &range, modes)?;
+            };
+            blocks.iter().for_each(&mut watch);
+            let mut done: Vec<Range<usize>> = Vec::new();
+            // What the program joins to a mapping between the look and the call would be split.
+            for _ in 0..LOOKS {
+                let before = done.len();
+                for range in widened(ctx, blocks, wholes)? {
+                    if done.iter().any(|r| r.start <= range.start && range.end <= r.end) {
+                        continue;
+                    }
+                    watch(&range);
+                    register(ctx, &range, modes)?;
+                    done.push(range);
+                }
+                if done.len() == before {
+                    break;
+                }
             }
         }
         for block in blocks {
@@ -98,15 +115,19 @@ fn widened(
 ) -> Result<Vec<Range<usize>>, Errno> {
     let mut ranges = Vec::with_capacity(blocks.len());
     for block in blocks {
-        let mut range = block.clone();
         let home = wholes.iter().find(|w| w.start <= block.start && block.end <= w.end);
-        if let Some(home) = home {
-            for mapping in ctx.sys.mappings(&ctx.maps, block.clone())? {
-                range.start = range.start.min(mapping.start).max(home.start);
-                range.end = range.end.max(mapping.end).min(home.end);
+        let mappings = match home {
+            Some(_) => ctx.sys.mappings(&ctx.maps, block.clone())?,
+            None => Vec::new(),
+        };
+        match home {
+            // What is not mapped now is left out: mapped meanwhile, it may be a part of more.
+            Some(home) if !mappings.is_empty() => {
+                let clipped = |m: &Range<usize>| m.start.max(home.start)..m.end.min(home.end);
+                ranges.extend(mappings.iter().map(clipped));
             }
+            _ => ranges.push(block.clone()),
         }
-        ranges.push(range);
     }
     Ok(normalize(ranges))
 }
@@ -184,19 +205,26 @@ fn prove(
 }
 
 /// Unregisters a range, and what its mappings have grown by while they were registered.
+///
+/// Mapping by mapping: a call over a part of one splits it, and the program may be using `mremap` on
+/// it right now.
 fn unregister_around(ctx: &Context, range: &Range<usize>) {
-    unregister(ctx, range.clone());
     // What grew or came in between is next to it, or within.
     let around = range.start.saturating_sub(page_size())..range.end.saturating_add(page_size());
-    for _ in 0..LOOKS {
-        let Ok(mappings) = ctx.sys.mappings(&ctx.maps, around.clone()) else { return };
+    for look in 0..LOOKS {
+        let Ok(mappings) = ctx.sys.mappings(&ctx.maps, around.clone()) else {
+            return unregister(ctx, range);
+        };
         let mut quiet = true;
         for mapping in mappings {
-            if !matches!(is_registered(ctx, &mapping, TRIES, || false), Ok(true)) {
+            // At first all that was registered, without a question, which has no answer while an
+            // event is under way.
+            let ours = look == 0 && overlap(&mapping, range);
+            if !ours && !matches!(is_registered(ctx, &mapping, TRIES, || false), Ok(true)) {
                 continue;
             }
             for part in ctx.flights.unwatched(mapping) {
-                unregister(ctx, part);
+                unregister(ctx, &part);
                 quiet = false;
             }
         }
@@ -208,20 +236,11 @@ fn unregister_around(ctx: &Context, range: &Range<usize>) {
 
 /// Unregisters a range. What stays registered for a lasting failure still works: the handler
 /// serves it as long as the engine lives.
-fn unregister(ctx: &Context, range: Range<usize>) {
+fn unregister(ctx: &Context, range: &Range<usize>) {
     for tries in 0..TRIES {
         match ctx.sys.unregister(&ctx.uffd, range.start, range.len()) {
-            Ok(()) => return,
-            // Nothing is mapped there any more, or something that cannot be registered stands
-            // within: each half may be fine.
-            Err(Errno(libc::EINVAL)) => {
-                let middle = range.start + (range.len() / 2).next_multiple_of(page_size());
-                if middle < range.end {
-                    unregister(ctx, range.start..middle);
-                    unregister(ctx, middle..range.end);
-                }
-                return;
-            }
+            // EINVAL: nothing is mapped there any more.
+            Ok(()) | Err(Errno(libc::EINVAL)) => return,
             Err(_) => back_off(tries),
         }
     }

@@ -221,7 +221,7 @@ fn what_is_unmapped_is_told_page_by_page_and_the_rest_moves() {
 fn remap(from: &Range<usize>, len: usize, flags: libc::c_int, to: usize) -> usize {
     // SAFETY: both places are the test's own.
     let got = unsafe { libc::mremap(ptr(from.start), from.len(), len, flags, ptr(to)) };
-    assert_ne!(got, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+    assert_ne!(got, libc::MAP_FAILED, "{from:x?}: {}", std::io::Error::last_os_error());
     got.expose_provenance()
 }
 
@@ -243,7 +243,7 @@ fn nothing_stays_registered_or_noted_where_mremap_was_at_work() {
             std::hint::spin_loop();
         }
         let part = home.start..home.start + 64 * page_size();
-        let away = far_address() + round * (64 << 20);
+        let away = far_address();
         let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // Larger than it was: the rest comes from the mapping that it was part of.
         remap(&part, 2 * part.len(), fixed, away);

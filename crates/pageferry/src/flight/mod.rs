@@ -20,15 +20,16 @@
 //!    gate; so a missing page outside every hole has really never been there, and the handler
 //!    may fill it, because nobody can begin to detach it before the handler lets go of the gate.
 //! 4. *What the program unmaps is not touched.* From an unmap until its event is read the kernel
-//!    refuses every `UFFDIO_MOVE`; from then on the mark does: detach and attach look at it under
-//!    the gate, and no flight opens over the range.
+//!    refuses every `UFFDIO_MOVE` (and on until the thread that unmapped has run again); once it
+//!    was read, the mark does: detach and attach look at it under the gate, and no flight takes
+//!    those pages.
 //! 5. *What the program gives up stays given up.* `madvise(MADV_DONTNEED)` waits until its event
 //!    is read; the handler marks the pages gone before it lets go of the gate; attach checks the
 //!    marks and moves pages in under the gate; a page that is marked before the hole is widened
 //!    over it is not detached at all, since what is there by then may be new. So an attach comes either before the event is read
 //!    (and the pages are dropped after it) or after the mark (and skips them). Pages of the range
-//!    that were *not* in the air could be detached between the event and the drop: a [`Quarantine`]
-//!    keeps them, marked gone from the start, out of new flights until the drop is seen to be done.
+//!    that were *not* in the air could be detached between the event and the drop: a *quarantine*
+//!    (`notes`) keeps them, marked gone from the start, out of new flights until the drop is seen to be done.
 //!
 //! Loom checks 1 to 5 (`flight_model`, under `--cfg loom`).
 
