@@ -49,7 +49,7 @@ fn at(address: usize) -> &'static AtomicU64 {
 
 /// The descriptor's registered ranges are not told by the kernel but one by one: whether any page
 /// of a mapping is.
-fn registered(mappings: &[Range<usize>]) -> Vec<Range<usize>> {
+fn registered(mappings: &[&Range<usize>]) -> Vec<Range<usize>> {
     let smaps = std::fs::read_to_string("/proc/self/smaps").expect("procfs");
     let mut found = Vec::new();
     let mut current = 0..0;
@@ -160,7 +160,7 @@ fn what_is_mapped_anew_around_the_registration_is_not_taken() {
     assert_eq!(torn.load(Ordering::Relaxed), 0);
     assert_eq!(sys.meddled.load(Ordering::Relaxed), 80);
     check(&region, 0..1 << 20);
-    assert_eq!(registered(&[region.addresses()]), []);
+    assert_eq!(registered(&[&region.addresses()]), []);
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn what_is_unmapped_over_the_border_of_two_moves_is_forgotten_by_one_and_known_t
         let lost = pages.filter(|page| at(*page).load(Ordering::Relaxed) != 77).count();
         assert_eq!(lost, 0, "pages lost: {report:?}");
     }
-    assert_eq!(registered(&[start..start + below + above]), []);
+    assert_eq!(registered(&[&(start..start + below + above)]), []);
 }
 
 /// A part of a 2 MiB block is unmapped while the move runs: that part alone is gone.
@@ -249,7 +249,8 @@ fn nothing_stays_registered_or_noted_where_mremap_was_at_work() {
         remap(&part, 2 * part.len(), fixed, away);
         moving.wait().expect("a move");
         // Late events are looked after by the housekeeper.
-        let places = [home.clone(), away..away + 2 * part.len()];
+        let (home, there) = (home.clone(), away..away + 2 * part.len());
+        let places = [&home, &there];
         for _ in 0..5000 {
             if registered(&places).is_empty() {
                 break;
