@@ -18,6 +18,7 @@ use pageferry_sys::uffd::Event;
 use std::ops::Range;
 
 mod kernel;
+mod registration;
 
 /// A step of the protocol that is out of its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

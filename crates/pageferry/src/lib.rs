@@ -80,6 +80,7 @@ mod request;
 mod sync;
 #[cfg(not(loom))]
 mod tally;
+#[cfg_attr(loom, allow(dead_code, reason = "the models take no ranges apart"))]
 mod units;
 
 pub use units::{FolioSize, HUGE};
