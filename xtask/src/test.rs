@@ -38,6 +38,9 @@ pub(crate) fn test(fast: bool) -> Stages {
     stages.run("Model checking: flights", || {
         model_check(fast, &["-p", "pageferry", "--lib"], "flight_model")
     });
+    stages.run("Model checking: forks", || {
+        model_check(fast, &["-p", "pageferry", "--lib"], "quiesce::model")
+    });
     stages.run("Model checking: pools", || {
         model_check(fast, &["-p", "pageferry", "--lib"], "pool::model")
     });
