@@ -475,7 +475,8 @@ impl Engine {
     }
 
     /// Moves two sets of pages to each other's node (or wherever each is to go), taking turns, so
-    /// that each uses the frames that the other leaves and no memory is allocated.
+    /// that each uses the frames that the other leaves: no memory is allocated if both regions
+    /// promise [`References::Never`].
     pub fn exchange(&self, one: Part, other: Part) -> Move {
         Move::new(self.clone(), vec![one, other])
     }

@@ -211,6 +211,9 @@ fn prove(
 fn unregister_around(ctx: &Context, range: &Range<usize>) {
     // What grew or came in between is next to it, or within.
     let around = range.start.saturating_sub(page_size())..range.end.saturating_add(page_size());
+    // Asked in vain once, an event is under way that may go on for long: then what is asked is
+    // whether it has ended by now.
+    let mut asks = TRIES;
     for look in 0..LOOKS {
         let Ok(mappings) = ctx.sys.mappings(&ctx.maps, around.clone()) else {
             return unregister(ctx, range);
@@ -220,8 +223,15 @@ fn unregister_around(ctx: &Context, range: &Range<usize>) {
             // At first all that was registered, without a question, which has no answer while an
             // event is under way.
             let ours = look == 0 && overlap(&mapping, range);
-            if !ours && !matches!(is_registered(ctx, &mapping, TRIES, || false), Ok(true)) {
-                continue;
+            if !ours {
+                match is_registered(ctx, &mapping, asks, || false) {
+                    Ok(true) => {}
+                    Ok(false) => continue,
+                    Err(_) => {
+                        asks = 0;
+                        continue;
+                    }
+                }
             }
             for part in ctx.flights.unwatched(mapping) {
                 unregister(ctx, &part);
