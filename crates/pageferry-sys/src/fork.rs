@@ -4,7 +4,7 @@
 //! the child. Whoever moves pages therefore registers a [`Quiesce`] and stands still while one
 //! runs. `vfork` and `posix_spawn` share the page tables and need nothing.
 
-use std::cell::RefCell;
+use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 
@@ -14,6 +14,15 @@ pub trait Quiesce: Send + Sync {
     fn before(&self);
     /// Called in the parent after the fork.
     fn after_in_parent(&self);
+    /// Called in the child after the fork, on its only thread. Whether it is there for the child,
+    /// too, and stands still around the child's own forks.
+    ///
+    /// By default it is not, and is left alone for good: its locks may be held by threads that
+    /// the child does not have.
+    fn after_in_child(self: Arc<Self>) -> bool {
+        std::mem::forget(self);
+        false
+    }
 }
 
 type Listeners = Vec<Weak<dyn Quiesce>>;
@@ -21,7 +30,8 @@ type Listeners = Vec<Weak<dyn Quiesce>>;
 /// Those of this process. Locked while a fork is under way, so that the child never finds it
 /// locked by a thread that it does not have.
 static LISTENERS: Mutex<Listeners> = Mutex::new(Vec::new());
-/// The process that they belong to: a child inherits the list, but nothing to be quiet about.
+/// The process that they belong to. A child that came without the handlers inherits the list, but
+/// nothing to be quiet about.
 static OWNER: AtomicU32 = AtomicU32::new(0);
 static HOOK: Once = Once::new();
 
@@ -42,14 +52,26 @@ pub fn register(listener: Weak<dyn Quiesce>) {
     listeners.push(listener);
 }
 
-/// What a fork of this thread holds: the lock, and exactly those that it made stand still.
+/// What a fork under way holds: the lock, and exactly those that it made stand still.
 struct Held {
     lock: MutexGuard<'static, Listeners>,
     quiet: Vec<Arc<dyn Quiesce>>,
 }
 
-thread_local! {
-    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
+/// Of the one fork that is under way. Not a thread-local: those are gone already when a
+/// destructor of one forks.
+struct Slot(UnsafeCell<Option<Held>>);
+
+// SAFETY: it is touched only by who has locked LISTENERS.
+unsafe impl Sync for Slot {}
+
+static HELD: Slot = Slot(UnsafeCell::new(None));
+
+/// # Safety
+/// The calling thread has locked LISTENERS, and has no other reference to the slot.
+unsafe fn held() -> &'static mut Option<Held> {
+    // SAFETY: nobody else has the lock, as promised.
+    unsafe { &mut *HELD.0.get() }
 }
 
 extern "C" fn prepare() {
@@ -60,11 +82,13 @@ extern "C" fn prepare() {
     for listener in &quiet {
         listener.before();
     }
-    HELD.with(|held| *held.borrow_mut() = Some(Held { lock, quiet }));
+    // SAFETY: locked above.
+    unsafe { *held() = Some(Held { lock, quiet }) };
 }
 
 extern "C" fn parent() {
-    let Some(Held { lock, quiet }) = HELD.with(RefCell::take) else { return };
+    // SAFETY: this thread has held the lock since `prepare`.
+    let Some(Held { lock, quiet }) = (unsafe { held().take() }) else { return };
     drop(lock);
     for listener in quiet {
         listener.after_in_parent();
@@ -72,8 +96,16 @@ extern "C" fn parent() {
 }
 
 extern "C" fn child() {
-    let Some(Held { lock, quiet }) = HELD.with(RefCell::take) else { return };
-    drop(lock);
-    // Their locks may be held by threads that are not here: they are left alone.
-    std::mem::forget(quiet);
+    // SAFETY: as in `parent`; this is the copy of that thread.
+    let Some(Held { mut lock, quiet }) = (unsafe { held().take() }) else { return };
+    std::mem::take(&mut *lock).into_iter().for_each(std::mem::forget);
+    for listener in quiet {
+        let inherited = Arc::downgrade(&listener);
+        if listener.after_in_child() {
+            lock.push(inherited);
+        } else {
+            std::mem::forget(inherited);
+        }
+    }
+    OWNER.store(std::process::id(), Ordering::Relaxed);
 }

@@ -3,9 +3,11 @@
 
 mod support;
 
+use allocator_api2::alloc::Allocator;
 use pageferry::copy::Kernel;
-use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region};
+use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region, RegionAlloc};
 use pageferry_sys::page_size;
+use std::alloc::Layout;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -268,6 +270,57 @@ fn children_of_a_program_with_many_movers_build_engines_of_their_own() {
     for mover in movers {
         assert!(mover.finish().bytes(Outcome::Moved) > 0);
     }
+}
+
+/// A block is given out and taken back.
+fn allocate(heap: &RegionAlloc) -> bool {
+    let layout = Layout::new::<[u64; 8]>();
+    let Ok(block) = heap.allocate(layout) else { return false };
+    // SAFETY: it was given out just now, for this layout.
+    unsafe { heap.deallocate(block.cast(), layout) };
+    true
+}
+
+#[test]
+fn children_allocate_from_the_region_whatever_the_parents_threads_do() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let heap = RegionAlloc::new(region(&engine, 4 << 20, Folios::Base));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    assert!(allocate(&heap));
+                }
+            });
+        }
+        let _stop = StopOnDrop(&stop);
+        for turn in thinned(0..300) {
+            let child = fork(|| {
+                // A child has threads, too, and children.
+                let stop = AtomicBool::new(turn % 16 != 0);
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        while !stop.load(Ordering::Relaxed) {
+                            assert!(allocate(&heap));
+                        }
+                    });
+                    let _stop = StopOnDrop(&stop);
+                    let forks = if turn % 16 == 0 { 20 } else { 0 };
+                    for _ in 0..forks {
+                        let status = wait(fork(|| i32::from(!allocate(&heap))));
+                        if status != 0 {
+                            return 2;
+                        }
+                    }
+                    i32::from(!allocate(&heap))
+                })
+            });
+            assert_eq!(wait(child), 0, "child {turn}; -14: it hung; 2: a child of it did");
+        }
+    });
+    assert!(allocate(&heap));
 }
 
 #[test]
