@@ -291,6 +291,8 @@ impl EngineBuilder {
             move_keeps_protection: AtomicBool::new(false),
         });
         probe::what_move_does(&ctx)?;
+        // Opens its file now, so that no move does.
+        pageferry_sys::sched::runnable();
         let inner = Arc::new(Inner {
             ctx: Arc::clone(&ctx),
             machine,
