@@ -137,14 +137,26 @@ fn pinning_to_a_cpu_that_does_not_exist_names_it() {
 
 #[test]
 fn in_the_child_of_a_fork_the_pool_works_alone_and_drops_without_hanging() {
+    // SAFETY: the child only runs the pool, which is made for this, and leaves by _exit.
+    works_alone(|| unsafe { libc::fork() }.into());
+}
+
+#[test]
+fn in_a_child_of_the_raw_system_call_the_pool_works_alone_and_drops_without_hanging() {
+    // SAFETY: as of fork, but that the C library does not know: the child allocates nothing new.
+    works_alone(|| unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) });
+}
+
+fn works_alone(fork: impl FnOnce() -> libc::c_long) {
     let pool = Arc::new(pool(3));
     let ran = AtomicUsize::new(0);
     pool.run(2, &|_| {
         ran.fetch_add(1, Ordering::Relaxed);
     });
-    // SAFETY: the child only runs the pool, which is made for this, and leaves by _exit.
-    let child = unsafe { libc::fork() };
+    let child = libc::pid_t::try_from(fork()).expect("a process number");
     if child == 0 {
+        // SAFETY: a child that hangs is killed.
+        unsafe { libc::alarm(10) };
         let before = ran.load(Ordering::Relaxed);
         pool.run(2, &|_| {
             ran.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,11 @@
 //! The calling thread: its CPU time, its turn.
 
 use crate::Errno;
+use std::fs::File;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, IntoRawFd as _, RawFd};
+use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 /// CPU time of the calling thread, in nanoseconds (`CLOCK_THREAD_CPUTIME_ID`).
@@ -69,10 +74,44 @@ pub fn yield_now() {
 
 /// Threads of the whole machine that run or want to run now (`/proc/loadavg`), the caller
 /// included; 0 where that cannot be read.
+///
+/// The first call opens the file, and it stays open: a program may count on getting the lowest
+/// free descriptor (open(2)), which no later call takes, even for a moment.
 pub fn runnable() -> usize {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let mut text = [0; 128];
+    let read = load().map_or(0, |load| load.read_at(&mut text, 0).unwrap_or(0));
+    let text = std::str::from_utf8(&text[..read]).unwrap_or_default();
     let field = text.split_whitespace().nth(3).and_then(|f| f.split('/').next());
     field.and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// `/proc/loadavg`, never closed; `None` where it cannot be opened. Nobody waits for anybody here:
+/// a fork may come at any time.
+fn load() -> Option<ManuallyDrop<File>> {
+    static LOAD: AtomicI32 = AtomicI32::new(-1);
+    let mut fd = LOAD.load(Ordering::Acquire);
+    if fd < 0 {
+        let opened = high(&File::open("/proc/loadavg").ok()?)?;
+        match LOAD.compare_exchange(-1, opened.as_raw_fd(), Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => fd = opened.into_raw_fd(),
+            Err(other) => fd = other,
+        }
+    }
+    // SAFETY: open for good, and not closed by this handle.
+    Some(ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }))
+}
+
+/// The same open file by a number out of the program's way: at most 64 below its limit, or below
+/// 1024, where the descriptors of select(2) end (`FD_SETSIZE`).
+fn high(file: &File) -> Option<File> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: getrlimit writes the structure that it is given.
+    unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    let least = RawFd::try_from(limit.rlim_cur.min(1024).saturating_sub(64)).unwrap_or(0);
+    // SAFETY: makes a new descriptor of one that is open.
+    let new = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
+    // SAFETY: the descriptor is new, and nobody else has it.
+    (new >= 0).then(|| unsafe { File::from_raw_fd(new) })
 }
 
 /// `struct sched_attr`, include/uapi/linux/sched/types.h (`SCHED_ATTR_SIZE_VER1`).
@@ -103,4 +142,42 @@ pub fn slice() -> Option<Duration> {
     };
     // SCHED_OTHER is 0; its slice is told in the field of the deadline class (6.12).
     (ret == 0 && attr.policy == 0 && attr.runtime > 0).then(|| Duration::from_nanos(attr.runtime))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_at_the_load_takes_no_descriptor() {
+        assert!(runnable() > 0, "/proc/loadavg cannot be read");
+        // SAFETY: the child has one thread, makes system calls and ends by _exit.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: from here on the child, and only it, is refused every new descriptor.
+            let refused = unsafe {
+                libc::alarm(10);
+                libc::setrlimit(libc::RLIMIT_NOFILE, &none) == 0 && libc::dup(0) == -1
+            };
+            let code = if refused { i32::from(runnable() == 0) } else { 2 };
+            // SAFETY: ends the child without running what belongs to the parent.
+            unsafe { libc::_exit(code) };
+        }
+        assert!(child > 0, "fork: {}", std::io::Error::last_os_error());
+        let mut status = 0;
+        // SAFETY: waits for the child made above; the kernel writes the status.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "256: it needed one; 512: the limit was not heeded");
+    }
+
+    #[test]
+    fn what_stays_open_is_out_of_the_programs_way() {
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: getrlimit writes the structure that it is given.
+        assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) }, 0);
+        let least = limit.rlim_cur.min(1024).saturating_sub(64);
+        let load = load().expect("/proc/loadavg");
+        assert!(u64::try_from(load.as_raw_fd()).expect("a descriptor") >= least);
+    }
 }

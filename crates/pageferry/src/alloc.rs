@@ -6,10 +6,14 @@
 //! touches managed memory: it works while the region moves, also in user-mode-only form.
 
 use crate::region::Region;
+use crate::sync::{Mutex, MutexGuard};
 use allocator_api2::alloc::{AllocError, Allocator};
+use pageferry_sys::fork::{self, Quiesce};
 use std::alloc::Layout;
+use std::cell::UnsafeCell;
+use std::fmt;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// Smallest block, in bytes; also the alignment of every block.
 const SMALLEST: usize = 16;
@@ -38,8 +42,69 @@ pub(crate) struct Heap {
     used: usize,
 }
 
+/// A [`Heap`] and its lock, which a fork takes, so that the child finds it free and the heap whole.
+pub(crate) struct HeapLock {
+    heap: Mutex<Heap>,
+    /// While the process forks: the lock. Touched only by who has it.
+    forking: UnsafeCell<Option<MutexGuard<'static, Heap>>>,
+}
+
+// SAFETY: `forking` is touched only by the thread that has the lock, and the guard goes on the
+// thread that took it: the forking one, or the child's copy of it.
+unsafe impl Send for HeapLock {}
+// SAFETY: as above.
+unsafe impl Sync for HeapLock {}
+
+impl HeapLock {
+    pub(crate) fn new() -> Arc<Self> {
+        let heap = Mutex::new(Heap::default());
+        let this = Arc::new(Self { heap, forking: UnsafeCell::new(None) });
+        let listener: Weak<dyn Quiesce> = Arc::downgrade(&this) as _;
+        fork::register(listener);
+        this
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Heap> {
+        self.heap.lock()
+    }
+
+    /// What [`Quiesce::before`] locked is free again.
+    fn unlock(&self) {
+        // SAFETY: called on the thread that took the lock in `before`.
+        drop(unsafe { (*self.forking.get()).take() });
+    }
+}
+
+impl fmt::Debug for HeapLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeapLock").finish_non_exhaustive()
+    }
+}
+
+impl Quiesce for HeapLock {
+    fn before(&self) {
+        let guard = self.heap.lock();
+        // SAFETY: only the lifetime changes: `unlock` drops the guard before whoever forks gives
+        // up its handle on `self`. The slot is this thread's, which has the lock.
+        unsafe {
+            let guard =
+                std::mem::transmute::<MutexGuard<'_, Heap>, MutexGuard<'static, Heap>>(guard);
+            *self.forking.get() = Some(guard);
+        }
+    }
+    fn after_in_parent(&self) {
+        self.unlock();
+    }
+    fn after_in_child(self: Arc<Self>) -> bool {
+        self.unlock();
+        true
+    }
+}
+
 /// Allocates from a region: blocks in size classes, carved front to back, reused within their
 /// class. Its bookkeeping lies outside the region. All allocators over one region share one heap.
+///
+/// A child of `fork(3)` has a copy of region and heap, and can go on allocating from it.
 #[derive(Clone, Debug)]
 pub struct RegionAlloc {
     region: Arc<Region>,

@@ -72,14 +72,15 @@ pub(crate) struct Inner {
     pub(crate) bytes_moved: AtomicU64,
     pub(crate) last_move: Mutex<Instant>,
     idle_release: Duration,
-    pid: u32,
+    /// The process that built it.
+    home: u64,
     housekeeping: (Mutex<bool>, Condvar),
 }
 
 impl Inner {
     /// Whether this is the process that built the engine.
     pub(crate) fn is_at_home(&self) -> bool {
-        self.pid == std::process::id()
+        self.home == fork::generation()
     }
 
     /// Cancels every move that touches `range`, and waits until none does. From then on `gone` is
@@ -290,6 +291,8 @@ impl EngineBuilder {
             move_keeps_protection: AtomicBool::new(false),
         });
         probe::what_move_does(&ctx)?;
+        // Opens its file now, so that no move does.
+        pageferry_sys::sched::runnable();
         let inner = Arc::new(Inner {
             ctx: Arc::clone(&ctx),
             machine,
@@ -303,7 +306,7 @@ impl EngineBuilder {
             bytes_moved: AtomicU64::new(0),
             last_move: Mutex::new(Instant::now()),
             idle_release: self.idle_release,
-            pid: std::process::id(),
+            home: fork::generation(),
             housekeeping: (Mutex::new(false), Condvar::new()),
         });
         let resource = |what| move |source| BuildError::Resource { what, source };

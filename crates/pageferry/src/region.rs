@@ -4,11 +4,10 @@
 //! `munmap` and `fork` cost what they always cost. Only while a move runs are the 2 MiB blocks
 //! that it touches watched by the engine's userfaultfd.
 
-use crate::alloc::Heap;
+use crate::alloc::HeapLock;
 use crate::engine::Engine;
 use crate::error::RegionError;
 use crate::request::Part;
-use crate::sync::Mutex;
 use crate::units::{FolioSize, HUGE};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Run};
@@ -142,7 +141,7 @@ impl RegionBuilder {
             own_policy: self.prefer.is_some(),
             owned: true,
             gone: Arc::default(),
-            heap: Mutex::default(),
+            heap: HeapLock::new(),
         };
         if let Some(node) = self.prefer {
             sys.prefer_node(start, len, node.get()).map_err(kernel("setting its memory policy"))?;
@@ -175,7 +174,7 @@ pub struct Region {
     /// Set when it is dropped: what is asked of it later finds somebody else's memory.
     pub(crate) gone: Arc<AtomicBool>,
     /// What `RegionAlloc` has given out of it.
-    pub(crate) heap: Mutex<Heap>,
+    pub(crate) heap: Arc<HeapLock>,
 }
 
 impl Region {
@@ -210,7 +209,7 @@ impl Region {
             own_policy: true,
             owned: false,
             gone: Arc::default(),
-            heap: Mutex::default(),
+            heap: HeapLock::new(),
         };
         region.enrol();
         Ok(region)

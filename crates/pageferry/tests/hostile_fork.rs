@@ -3,9 +3,11 @@
 
 mod support;
 
+use allocator_api2::alloc::Allocator;
 use pageferry::copy::Kernel;
-use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region};
+use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region, RegionAlloc};
 use pageferry_sys::page_size;
+use std::alloc::Layout;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -268,6 +270,126 @@ fn children_of_a_program_with_many_movers_build_engines_of_their_own() {
     for mover in movers {
         assert!(mover.finish().bytes(Outcome::Moved) > 0);
     }
+}
+
+/// What a process that did not build the engine must get, by each way to it.
+fn refused(engine: &Engine, region: &Region) -> i32 {
+    let (_, to) = nodes(engine);
+    let moved = engine.migrate(region.to(to)).even_if_there().run();
+    i32::from(!matches!(moved, Err(MigrateError::AfterFork)))
+}
+
+#[test]
+fn a_child_with_the_number_of_its_parent_is_told_from_it() {
+    let _alone = alone();
+    let outer = fork(|| {
+        // SAFETY: concerns the children of this process only, which has one thread.
+        if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+            return 77;
+        }
+        wait(fork(|| {
+            // Process 1 of a namespace.
+            let Some(engine) = engine() else { return 77 };
+            let region = region(&engine, 2 << 20, Folios::Base);
+            // SAFETY: as above. (The engine's threads have no children.)
+            if unsafe { libc::unshare(libc::CLONE_NEWPID) } != 0 {
+                return 77;
+            }
+            let parent = std::process::id();
+            wait(fork(|| {
+                if std::process::id() != parent {
+                    return 3;
+                }
+                let mut code = refused(&engine, &region);
+                drop((region, engine));
+                let Ok(engine) = Engine::new() else { return 4 };
+                let (_, to) = nodes(&engine);
+                let Ok(region) = engine.map(2 << 20).build() else { return 5 };
+                fill(&region, 0..2 << 20);
+                let own = engine.migrate(region.to(to)).even_if_there().run();
+                if !own.is_ok_and(|r| r.is_complete()) {
+                    code = 6;
+                }
+                code
+            }))
+        }))
+    });
+    match wait(outer) {
+        77 => eprintln!("skipped: no pid namespaces, or no engine in one"),
+        code => assert_eq!(code, 0, "-14: it hung"),
+    }
+}
+
+#[test]
+fn a_child_of_the_raw_system_call_is_refused_and_may_drop_what_it_has() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let mut mine = Some((region(&engine, 2 << 20, Folios::Base), engine));
+    // SAFETY: a copy of this process with one thread, as of fork; the C library does not know.
+    let child = unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+    if child == 0 {
+        // SAFETY: plain system calls of a child that nobody else shares.
+        unsafe { libc::alarm(20) };
+        let Some((region, engine)) = mine.take() else { unreachable!() };
+        let code = refused(&engine, &region);
+        drop((region, engine));
+        // SAFETY: ends the child without running what belongs to the parent.
+        unsafe { libc::_exit(code) };
+    }
+    let child = libc::pid_t::try_from(child).expect("a process number");
+    assert!(child > 0, "clone: {}", std::io::Error::last_os_error());
+    assert_eq!(wait(child), 0, "1: not refused; -14: it hung");
+}
+
+/// A block is given out and taken back.
+fn allocate(heap: &RegionAlloc) -> bool {
+    let layout = Layout::new::<[u64; 8]>();
+    let Ok(block) = heap.allocate(layout) else { return false };
+    // SAFETY: it was given out just now, for this layout.
+    unsafe { heap.deallocate(block.cast(), layout) };
+    true
+}
+
+#[test]
+fn children_allocate_from_the_region_whatever_the_parents_threads_do() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let heap = RegionAlloc::new(region(&engine, 4 << 20, Folios::Base));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    assert!(allocate(&heap));
+                }
+            });
+        }
+        let _stop = StopOnDrop(&stop);
+        for turn in thinned(0..300) {
+            let child = fork(|| {
+                // A child has threads, too, and children.
+                let stop = AtomicBool::new(turn % 16 != 0);
+                std::thread::scope(|scope| {
+                    scope.spawn(|| {
+                        while !stop.load(Ordering::Relaxed) {
+                            assert!(allocate(&heap));
+                        }
+                    });
+                    let _stop = StopOnDrop(&stop);
+                    let forks = if turn % 16 == 0 { 20 } else { 0 };
+                    for _ in 0..forks {
+                        let status = wait(fork(|| i32::from(!allocate(&heap))));
+                        if status != 0 {
+                            return 2;
+                        }
+                    }
+                    i32::from(!allocate(&heap))
+                })
+            });
+            assert_eq!(wait(child), 0, "child {turn}; -14: it hung; 2: a child of it did");
+        }
+    });
+    assert!(allocate(&heap));
 }
 
 #[test]

@@ -14,7 +14,7 @@
 //! - A panic in a closure is carried to the caller of `run`; one in a service ends that
 //!   service's turn. The thread lives on.
 //! - In the child of a fork there are no threads and the lock may be held for ever: there `run`
-//!   works alone, and drop joins nobody. `fork` is noticed by `pthread_atfork`.
+//!   works alone, and drop joins nobody.
 
 use std::{
     any::Any,
@@ -24,13 +24,16 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     ptr::NonNull,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, Once, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
 };
 
-use pageferry_sys::affinity::{CpuSet, usable_cpus};
+use pageferry_sys::{
+    affinity::{CpuSet, usable_cpus},
+    fork,
+};
 
 use super::rest::{IDLE, Rest};
 use crate::spin::Spinner;
@@ -118,15 +121,8 @@ struct Shared {
 pub struct WorkerPool {
     shared: ManuallyDrop<Arc<Shared>>,
     threads: ManuallyDrop<Vec<JoinHandle<()>>>,
-    /// Value of [`FORKS`] when the threads were started.
-    forks: u32,
-}
-
-/// How many times this process has come out of a fork as the child.
-static FORKS: AtomicU32 = AtomicU32::new(0);
-
-extern "C" fn after_fork_in_child() {
-    FORKS.fetch_add(1, Ordering::Relaxed);
+    /// The process that started the threads.
+    home: u64,
 }
 
 impl WorkerPool {
@@ -146,11 +142,6 @@ impl WorkerPool {
     /// # Errors
     /// [`PoolError`]; no thread is left behind.
     pub fn with_copiers(copiers: usize, pin: &[usize]) -> Result<Self, PoolError> {
-        static AT_FORK: Once = Once::new();
-        AT_FORK.call_once(|| {
-            // SAFETY: the handler only adds to an atomic.
-            unsafe { libc::pthread_atfork(None, None, Some(after_fork_in_child)) };
-        });
         let count = copiers.saturating_sub(1);
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
@@ -166,7 +157,7 @@ impl WorkerPool {
         let mut pool = Self {
             shared: ManuallyDrop::new(shared),
             threads: ManuallyDrop::new(Vec::with_capacity(count)),
-            forks: FORKS.load(Ordering::Relaxed),
+            home: fork::generation(),
         };
         for index in 1..=count {
             let shared = Arc::clone(&pool.shared);
@@ -223,7 +214,7 @@ impl WorkerPool {
 
     /// Whether this process is a child that came of a fork after the pool was made.
     pub(crate) fn in_forked_child(&self) -> bool {
-        FORKS.load(Ordering::Relaxed) != self.forks
+        fork::generation() != self.home
     }
 }
 

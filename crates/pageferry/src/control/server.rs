@@ -12,6 +12,7 @@ use super::{
 use crate::Rights;
 use crate::engine::Engine;
 use crate::request::{Handle, Part};
+use pageferry_sys::fork;
 use pageferry_sys::peer::{Peer, effective_user};
 use pageferry_topology::NodeId;
 use std::fs::{DirBuilder, Permissions};
@@ -66,7 +67,8 @@ pub struct Listener {
     path: PathBuf,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
-    pid: u32,
+    /// The process that listens.
+    home: u64,
 }
 
 impl Listener {
@@ -77,8 +79,7 @@ impl Listener {
         if !engine.inner.is_at_home() {
             return Err(ListenError::AfterFork);
         }
-        let pid = std::process::id();
-        let path = folder()?.join(socket_name(pid));
+        let path = folder()?.join(socket_name(std::process::id()));
         let failed = |source| ListenError::Socket { path: path.clone(), source };
         let socket = bind(&path).map_err(failed)?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -86,7 +87,7 @@ impl Listener {
         let thread =
             pageferry_sys::thread::spawn("pf-control", move || serve(&engine, &socket, &theirs))
                 .map_err(failed)?;
-        Ok(Self { path, stop, thread: Some(thread), pid })
+        Ok(Self { path, stop, thread: Some(thread), home: fork::generation() })
     }
 
     /// Where it listens.
@@ -98,7 +99,7 @@ impl Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         // A forked child has neither the thread nor the socket's name.
-        if self.pid != std::process::id() {
+        if self.home != fork::generation() {
             return;
         }
         self.stop.store(true, Ordering::Release);

@@ -9,7 +9,7 @@ use crate::units::{FolioSize, HUGE};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Pagemap, Run};
 use pageferry_sys::uffd::{Modes, Uffd};
-use pageferry_sys::{Errno, Sys, cgroup};
+use pageferry_sys::{Errno, Sys, cgroup, fork};
 use serde::Serialize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -54,7 +54,7 @@ pub(crate) struct Pools {
     config: PoolConfig,
     arenas: Mutex<Vec<Arc<Arena>>>,
     budget: Budget,
-    pid: u32,
+    home: u64,
     /// A device may still write to a frame: the arenas are never unmapped.
     lost: AtomicBool,
     /// Empty extents may hold pages.
@@ -100,7 +100,7 @@ impl Pools {
             budget: Budget::new(config.budget),
             config,
             arenas: Mutex::default(),
-            pid: std::process::id(),
+            home: fork::generation(),
             lost: AtomicBool::new(false),
             populated: AtomicBool::new(false),
             allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
@@ -525,7 +525,7 @@ impl Pools {
 impl Drop for Pools {
     fn drop(&mut self) {
         // A forked child does not have the pools; what is mapped there is its own.
-        if *self.lost.get_mut() || self.pid != std::process::id() {
+        if *self.lost.get_mut() || self.home != fork::generation() {
             return;
         }
         for arena in self.arenas.get_mut().drain(..) {
