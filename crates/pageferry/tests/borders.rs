@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use support::siege::{far_address, map_at, ptr};
-use support::{StopOnDrop, build, check, engine, fill, first_node, word};
+use support::{StopOnDrop, build, check, engine, fill, first_node, is_guest, word};
 
 /// Mapped memory of base pages that an engine adopted, and that stays mapped: where the kernel puts
 /// nothing else while a part of it is unmapped.
@@ -137,9 +137,10 @@ fn what_is_mapped_anew_around_the_registration_is_not_taken() {
             }
         }
     });
+    let rounds = if is_guest() { 4 } else { 20 };
     for step in [0, 1] {
         for order in [Order::Frozen, Order::Live] {
-            for _ in 0..20 {
+            for _ in 0..rounds {
                 map_anew(&sys.range(), 2);
                 sys.step.store(step, Ordering::Relaxed);
                 sys.calls.store(0, Ordering::Relaxed);
@@ -158,7 +159,7 @@ fn what_is_mapped_anew_around_the_registration_is_not_taken() {
     stop.store(true, Ordering::Relaxed);
     reader.join().expect("no panic");
     assert_eq!(torn.load(Ordering::Relaxed), 0);
-    assert_eq!(sys.meddled.load(Ordering::Relaxed), 80);
+    assert_eq!(sys.meddled.load(Ordering::Relaxed), 4 * rounds);
     check(&region, 0..1 << 20);
     assert_eq!(registered(&[&region.addresses()]), []);
 }
@@ -232,7 +233,7 @@ fn nothing_stays_registered_or_noted_where_mremap_was_at_work() {
     let Some(engine) = engine() else { return };
     let node = first_node(&engine);
     let len = 8 << 20;
-    for round in 0..60 {
+    for round in 0..if is_guest() { 6 } else { 60 } {
         let region = adopted(&engine, len);
         fill(&region, 0..len);
         let home = region.addresses();
@@ -296,7 +297,7 @@ fn mremap_within_an_adopted_mapping_answers_as_ever_while_a_part_of_it_moves() {
             let away = far_address();
             let there = away..away + over.len();
             let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-            for _ in 0..50 {
+            for _ in 0..if is_guest() { 10 } else { 50 } {
                 remap(&over, over.len(), fixed, away);
                 remap(&there, over.len(), fixed, over.start);
                 // One mapping again, as the program left it.
