@@ -175,6 +175,10 @@ impl Sys for Faulty {
         self.plain(SysOp::PreferNode)?;
         Linux.prefer_node(start, len, node)
     }
+    fn in_core(&self, start: usize, pages: &mut [u8]) -> Result<(), Errno> {
+        self.plain(SysOp::InCore)?;
+        Linux.in_core(start, pages)
+    }
     fn page_nodes(&self, pages: &[usize], status: &mut [i32]) -> Result<(), Errno> {
         self.plain(SysOp::PageNodes)?;
         Linux.page_nodes(pages, status)

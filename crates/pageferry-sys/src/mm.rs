@@ -161,6 +161,16 @@ pub(crate) fn prefer_node(start: usize, len: usize, node: u32) -> Result<(), Err
     Errno::result(ret).map(drop)
 }
 
+/// `mincore(2)`: bit 0 of each byte of `pages` tells whether a page from `start` on is in memory. Of an
+/// entry that is neither a page nor in swap (under migration, a memory error, a marker) it is set.
+pub(crate) fn in_core(start: usize, pages: &mut [u8]) -> Result<(), Errno> {
+    let len = pages.len() * crate::page_size();
+    let at = std::ptr::without_provenance_mut(start);
+    // SAFETY: the kernel writes one byte a page, and looks at the range only.
+    let ret = unsafe { libc::mincore(at, len, pages.as_mut_ptr()) };
+    Errno::result(ret.into()).map(drop)
+}
+
 /// Whether the machine has swap space now (`sysinfo(2)`); true where that cannot be told.
 pub fn has_swap() -> bool {
     // SAFETY: all fields may be zero, and the kernel writes the structure that it is given.

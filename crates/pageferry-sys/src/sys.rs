@@ -30,6 +30,7 @@ pub enum SysOp {
     Mappings,
     PreferNode,
     PageNodes,
+    InCore,
     Scan,
 }
 
@@ -133,6 +134,11 @@ pub trait Sys: Send + Sync + std::fmt::Debug {
     /// `move_pages(2)` as a query.
     fn page_nodes(&self, pages: &[usize], status: &mut [i32]) -> Result<(), Errno> {
         mm::page_nodes(pages, status)
+    }
+    /// `mincore(2)`: bit 0 of a page's byte is clear if it is in swap (and set, among others, for
+    /// what is under migration, a memory error or a marker).
+    fn in_core(&self, start: usize, pages: &mut [u8]) -> Result<(), Errno> {
+        mm::in_core(start, pages)
     }
     /// `PAGEMAP_SCAN`; see [`Pagemap`].
     fn scan(

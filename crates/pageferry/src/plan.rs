@@ -162,7 +162,7 @@ impl Planner {
                     let (from, to) = (clip(run.start), clip(run.end));
                     tally.outcome(at..from, Outcome::NotPresent);
                     if run.categories().contains(Categories::SWAPPED) {
-                        tally.outcome(from..to, Outcome::Swapped);
+                        self.add_swapped(ctx, turn, from..to, run.categories(), tally);
                     } else {
                         self.add_run(ctx, turn, from..to, run.categories(), tally);
                     }
@@ -176,6 +176,34 @@ impl Planner {
                 at = ended;
             }
             tally.outcome(at..range.end, Outcome::Swapped);
+        }
+    }
+
+    /// What the page table calls swapped may also be a memory error or a marker, and what is in swap
+    /// may be in memory, too: of that detach finds out, without a disk.
+    fn add_swapped(
+        &mut self,
+        ctx: &Context,
+        turn: usize,
+        range: Range<usize>,
+        is: Categories,
+        tally: &mut Tally,
+    ) {
+        let page = pageferry_sys::page_size();
+        let mut at = range.start;
+        while at < range.end {
+            let count = ((range.end - at) / page).min(MAX_PAGES);
+            let mut told = [0; MAX_PAGES];
+            // Without an answer they count as in swap.
+            let _ = ctx.sys.in_core(at, &mut told[..count]);
+            for same in told[..count].chunk_by(|a, b| a & 1 == b & 1) {
+                let end = at + same.len() * page;
+                match same[0] & 1 {
+                    0 => tally.outcome(at..end, Outcome::Swapped),
+                    _ => self.add_run(ctx, turn, at..end, is, tally),
+                }
+                at = end;
+            }
         }
     }
 

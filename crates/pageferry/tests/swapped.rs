@@ -48,10 +48,13 @@ fn pages_in_swap_stay_there_and_are_told_and_all_others_move() {
                 let report = moved.expect("a move");
                 let what = format!("{folios:?} {order:?} {frames:?}, {out} in swap: {report:?}");
                 accounted_whole(&report, &region);
-                assert_eq!(swapped(&region), out, "a move fetches nothing from swap: {what}");
-                assert_eq!(report.bytes(|o| o == Outcome::Swapped), out as u64, "{what}");
+                let left = swapped(&region);
+                // Copied in place, what is in memory still besides being in swap moves.
+                let kept = if order == Order::Frozen { left == out } else { left <= out };
+                assert!(kept, "a move fetches nothing from swap: {left} left, {what}");
+                assert_eq!(report.bytes(|o| o == Outcome::Swapped), left as u64, "{what}");
                 let moved = report.bytes(|o| o == Outcome::Moved);
-                assert_eq!(moved, (region.len() - out) as u64, "{what}");
+                assert_eq!(moved, (region.len() - left) as u64, "{what}");
                 assert!(report.is_complete(), "{what}");
                 check(&region, 0..region.len());
             }
