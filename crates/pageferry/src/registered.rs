@@ -223,6 +223,10 @@ fn unregister_around(ctx: &Context, range: &Range<usize>) {
             // At first all that was registered, without a question, which has no answer while an
             // event is under way.
             let ours = look == 0 && overlap(&mapping, range);
+            // A pool may be next to the range: its extents stay registered.
+            if ctx.pools.own(&mapping) {
+                continue;
+            }
             if !ours {
                 match is_registered(ctx, &mapping, asks, || false) {
                     Ok(true) => {}

@@ -5,12 +5,13 @@ use super::budget::Budget;
 use crate::flight::MAX_PAGES;
 use crate::report::Shortage;
 use crate::sync::Mutex;
-use crate::units::{FolioSize, HUGE};
+use crate::units::{FolioSize, HUGE, overlap};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Pagemap, Run};
 use pageferry_sys::uffd::{Modes, Uffd};
 use pageferry_sys::{Errno, Sys, cgroup, fork};
 use serde::Serialize;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -160,6 +161,12 @@ impl Pools {
         }
         arena.grow(start..start + len);
         Ok(true)
+    }
+
+    /// Whether any of a range is pool address space.
+    pub(crate) fn own(&self, range: &Range<usize>) -> bool {
+        let arenas = self.arenas.lock();
+        arenas.iter().any(|arena| arena.spans().iter().any(|span| overlap(span, range)))
     }
 
     /// Something was found where nothing should be: the program has locked all its memory, which
