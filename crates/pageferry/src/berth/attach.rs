@@ -166,11 +166,12 @@ impl Berth<'_> {
     fn put_in(&self, run: Range<usize>, keep: bool) -> (Progress, bool) {
         let flight = self.flight.as_ref().expect("opened before attach");
         let flights = &self.ctx.flights;
-        let detours = flights.has_detours(flight);
         flights.with_gone(flight, |gone| {
             let is_gone = |i: usize| gone.is_some_and(|g| bit(g, i));
             let first = is_gone(run.start);
-            // Pages that `mremap` took elsewhere are followed one by one.
+            // Pages that `mremap` took elsewhere are followed one by one. Asked under the gate: with
+            // MREMAP_DONTUNMAP the place that they left would take them.
+            let detours = flights.has_detours(flight);
             let most = if detours { 1 } else { run.len() };
             let count = run.clone().take(most).take_while(|&i| is_gone(i) == first).count();
             let len = count * page_size();

@@ -172,8 +172,8 @@ impl Berth<'_> {
     /// moved it away.
     fn take_out(&self, page: usize, count: usize) -> Option<Progress> {
         let flight = self.flight.as_ref()?;
-        let detours = self.ctx.flights.has_detours(flight);
         self.ctx.flights.with_gone(flight, |gone| {
+            let detours = self.ctx.flights.has_detours(flight);
             let is_gone = |i: usize| {
                 gone.is_some_and(|g| bit(g, i))
                     || detours && self.ctx.flights.home_of(flight, self.addr(i)) != self.addr(i)
