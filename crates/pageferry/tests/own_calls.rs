@@ -256,3 +256,20 @@ fn mremap_across_the_end_of_a_region_or_of_a_mapping_made_meanwhile_is_refused()
     answer_as_documented(mappings::ACROSS, &[(Layout::Clipped, At::Border)]);
     answer_as_documented(mappings::SEAM, &INSIDE);
 }
+
+/// Where the old range lies within the managed part of one mapping, however little of that moves.
+#[test]
+fn mremap_within_an_adopted_mapping_answers_as_ever() {
+    let once = |calls: &[Call]| calls.iter().map(|call| call.once()).collect::<Vec<_>>();
+    let inside = INSIDE.as_slice();
+    let border = &[(Layout::Part, At::Border)];
+    let ends = &[(Layout::Whole, At::End), (Layout::Tail, At::End)];
+    let wrong = [
+        answers(&once(&[mappings::MAPS]), &inside[1..]),
+        answers(&once(mappings::WHOLE), &[(Layout::Part, At::Inside), (Layout::Tail, At::Inside)]),
+        answers(mappings::REMAPS, border),
+        answers(mappings::GROWTH, &[inside, border].concat()),
+        answers(&once(mappings::GROWTH_IN_PLACE), ends),
+    ];
+    all_right(&wrong.concat());
+}

@@ -243,6 +243,23 @@ pub(crate) const REMAPS: &[Call] = &[
     }),
 ];
 
+/// That make it larger.
+pub(crate) const GROWTH: &[Call] = &[
+    Call::ever("mremap away, and larger", |s| vec![mremap(s, s.at, s.len, 2 * s.len, TO, s.away)]),
+    Call::ever("mremap anywhere, and larger", |s| {
+        vec![mremap(s, s.at, s.len, 2 * s.len, libc::MREMAP_MAYMOVE, 0)]
+    }),
+];
+
+/// At the end of a mapping: that make it larger.
+pub(crate) const GROWTH_IN_PLACE: &[Call] = &[
+    Call::ever("mremap larger in place", |s| vec![mremap(s, s.at, s.len, 2 * s.len, 0, 0)]),
+    Call::ever("mremap larger in place, all the mapping", |s| {
+        let len = s.mapping.len();
+        vec![i64::from(mremap(s, s.mapping.start, len, len + s.len, 0, 0) > 0)]
+    }),
+];
+
 /// All of the mapping.
 pub(crate) const WHOLE: &[Call] = &[
     Call::ever("mremap away, all the mapping", |s| {
@@ -260,6 +277,9 @@ pub(crate) const WHOLE: &[Call] = &[
 pub(crate) const LOCK_ALL: Call = Call::waits("mlockall and munlockall", |_| {
     vec![sys!(libc::SYS_mlockall, libc::MCL_CURRENT), sys!(libc::SYS_munlockall)]
 });
+
+/// How many mappings there are to see.
+pub(crate) const MAPS: Call = Call::ever("maps", listed);
 
 /// Across the end of the managed part of a mapping, which shows as two: `EFAULT`, and nothing is done.
 pub(crate) const ACROSS: &[Call] = &[

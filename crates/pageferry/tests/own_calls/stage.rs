@@ -29,6 +29,8 @@ pub(crate) enum Layout {
     Whole,
     /// All of it is managed; the last pages of its first 2 MiB block move.
     Part,
+    /// All of it is managed; its last pages move.
+    Tail,
     /// Its first block is managed; the last pages of that move.
     Clipped,
 }
@@ -40,6 +42,8 @@ pub(crate) enum At {
     Inside,
     /// The first half moves; the block ends there, too.
     Border,
+    /// They move, and are the mapping's last.
+    End,
 }
 
 /// What a call is made on.
@@ -109,7 +113,7 @@ impl Stage {
         }
         let block = start..start + HUGE;
         let (managed, end) = match layout {
-            Layout::Whole => (mapping.clone(), mapping.end),
+            Layout::Whole | Layout::Tail => (mapping.clone(), mapping.end),
             Layout::Part => (mapping.clone(), block.end),
             Layout::Clipped => (block.clone(), block.end),
         };
@@ -121,6 +125,7 @@ impl Stage {
         let start = match at {
             At::Inside => end - 40 * page,
             At::Border => end - TARGET / 2 * page,
+            At::End => end - TARGET * page,
         };
         self.spot_at(start, 0)
     }
