@@ -273,7 +273,8 @@ fn wake_op(s: &Spot) -> Vec<i64> {
     vec![sys!(libc::SYS_futex, s.at, 133, 1, 1usize, s.at + 4, 1 << 12)]
 }
 
-/// The thread's restartable sequences live in the spot for a moment (rseq(2)).
+/// The thread's restartable sequences live in the spot for a moment (rseq(2)). `ENOSYS` where the C
+/// library's own cannot be found to be put aside: in a static program, which looks up no names.
 fn restartable(s: &Spot) -> Vec<i64> {
     let symbol = |name: &std::ffi::CStr| {
         // SAFETY: looks a name up; the C library's variables live for ever.
@@ -281,7 +282,7 @@ fn restartable(s: &Spot) -> Vec<i64> {
     };
     let offset = symbol(c"__rseq_offset").cast::<isize>();
     if offset.is_null() || cfg!(not(target_arch = "x86_64")) {
-        return Vec::new();
+        return vec![-i64::from(libc::ENOSYS)];
     }
     let number = libc::SYS_rseq;
     // SAFETY: on x86-64 glibc's thread pointer is the value of `pthread_self`, and the offset is a

@@ -9,12 +9,14 @@ use crate::support::{first_node, value};
 use pageferry::{Engine, Frames, HUGE, MigrateError, Order, References, Region};
 use pageferry_copy::model::{Behaviour, ModelEngine};
 use pageferry_copy::{Capabilities, CopyBatch, CopyEngine, SubmitError};
+use pageferry_sys::mm::PreferringNode;
 use pageferry_sys::page_size;
 use pageferry_sys::pagemap::{Entry, Pagemap};
+use pageferry_topology::Machine;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Pages that a call is made on.
@@ -100,6 +102,15 @@ pub(crate) fn digest(bytes: &[u8]) -> i64 {
     (mixed >> 40).cast_signed()
 }
 
+/// The node of [`first_node`].
+fn home_node() -> u32 {
+    static NODE: OnceLock<u32> = OnceLock::new();
+    *NODE.get_or_init(|| {
+        let machine = Machine::read().expect("a machine that engines are built on");
+        machine.memory_nodes().next().expect("a machine has memory").id.get()
+    })
+}
+
 impl Stage {
     pub(crate) fn new(layout: Layout) -> Self {
         let (start, page) = (far_address(), page_size());
@@ -108,8 +119,13 @@ impl Stage {
         map_at(start, len);
         // SAFETY: mapped above; this advice drops nothing. Unknown where there are no huge pages.
         unsafe { libc::madvise(ptr(start), len, libc::MADV_NOHUGEPAGE) };
-        for addr in mapping.clone().step_by(page) {
-            words(addr).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+        {
+            // On the node that all moves go to: what tells of nodes answers as ever then. Refused
+            // where there are none to choose from.
+            let _there = PreferringNode::new(home_node());
+            for addr in mapping.clone().step_by(page) {
+                words(addr).for_each(|(word, value)| word.store(value, Ordering::Relaxed));
+            }
         }
         let block = start..start + HUGE;
         let (managed, end) = match layout {
