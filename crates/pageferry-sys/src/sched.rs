@@ -103,7 +103,7 @@ fn load() -> Option<ManuallyDrop<File>> {
 
 /// The same open file by a number out of the program's way: at most 64 below its limit, or below
 /// 1024, where the descriptors of select(2) end (`FD_SETSIZE`).
-fn high(file: &File) -> Option<File> {
+pub(crate) fn high(file: &File) -> Option<File> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: getrlimit writes the structure that it is given.
     unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };

@@ -241,7 +241,7 @@ impl Plan {
 
 /// Bytes that the bench may take: free memory, and what the control group leaves.
 fn free() -> u64 {
-    let group = cgroup::headroom().unwrap_or(u64::MAX);
+    let group = cgroup::Headroom::default().look().unwrap_or(u64::MAX);
     usage::available_bytes().unwrap_or(u64::MAX).min(group)
 }
 

@@ -172,6 +172,8 @@ fn demonstrate(
     let alloc = RegionAlloc::new(Arc::clone(&region));
     let twin = Twin::new_in(&alloc);
     let filled = fill(&twin, corpus, &alloc, size, progress)?;
+    // Before the updates, which take documents out and put them back.
+    let built = alloc.used_bytes() as u64;
 
     let mut mover = Mover::new(engine.clone(), Arc::clone(&region), route);
     let mut control = Control::new(engine.cpu().capabilities().max_parallel)?;
@@ -189,7 +191,7 @@ fn demonstrate(
     report.scan = twin.compare(|shards| bar.set_position(shards as u64));
     bar.finish_and_clear();
     report.index = IndexSize {
-        bytes: alloc.used_bytes() as u64,
+        bytes: built,
         wanted_bytes: size,
         region_bytes: region.len() as u64,
         present_bytes: region.residency()?.iter().map(|r| r.bytes).sum(),

@@ -57,7 +57,7 @@ pub(super) struct DemoReport {
 /// What is in managed memory.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct IndexSize {
-    /// Bytes in use.
+    /// Bytes in use when it was built.
     pub(super) bytes: u64,
     /// Bytes that it was to have.
     pub(super) wanted_bytes: u64,

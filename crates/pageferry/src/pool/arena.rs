@@ -1,7 +1,7 @@
 //! The address space of one pool: extents, and who may use which.
 
 use crate::sync::Mutex;
-use crate::units::{FolioSize, HUGE};
+use crate::units::{FolioSize, HUGE, overlap};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -118,6 +118,11 @@ impl Arena {
     /// All its address space.
     pub(super) fn spans(&self) -> Vec<Range<usize>> {
         self.state.lock().spans.clone()
+    }
+
+    /// Whether any of a range is its address space.
+    pub(super) fn has(&self, range: &Range<usize>) -> bool {
+        self.state.lock().spans.iter().any(|span| overlap(span, range))
     }
 
     /// Takes all extents that hold nothing.

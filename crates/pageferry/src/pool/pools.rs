@@ -5,7 +5,7 @@ use super::budget::Budget;
 use crate::flight::MAX_PAGES;
 use crate::report::Shortage;
 use crate::sync::Mutex;
-use crate::units::{FolioSize, HUGE, overlap};
+use crate::units::{FolioSize, HUGE};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Pagemap, Run};
 use pageferry_sys::uffd::{Modes, Uffd};
@@ -34,6 +34,7 @@ pub struct PoolStats {
 
 #[derive(Debug)]
 struct Allowance {
+    headroom: cgroup::Headroom,
     until: Instant,
     bytes: u64,
 }
@@ -104,7 +105,11 @@ impl Pools {
             home: fork::generation(),
             lost: AtomicBool::new(false),
             populated: AtomicBool::new(false),
-            allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
+            allowance: Mutex::new(Allowance {
+                headroom: cgroup::Headroom::default(),
+                until: Instant::now(),
+                bytes: 0,
+            }),
             demand: Mutex::new(None),
         })
     }
@@ -166,7 +171,7 @@ impl Pools {
     /// Whether any of a range is pool address space.
     pub(crate) fn own(&self, range: &Range<usize>) -> bool {
         let arenas = self.arenas.lock();
-        arenas.iter().any(|arena| arena.spans().iter().any(|span| overlap(span, range)))
+        arenas.iter().any(|arena| arena.has(range))
     }
 
     /// Something was found where nothing should be: the program has locked all its memory, which
@@ -308,19 +313,18 @@ impl Pools {
         self.config.nodes.len() < 2
     }
 
-    /// Whether the memory cgroup has room. Reading that takes a dozen files, so an answer is good
+    /// Whether the memory cgroup has room. That is read from a dozen files, so an answer is good
     /// for half of the room that it found, and for a tenth of a second.
     pub(crate) fn allowed(&self, bytes: u64) -> bool {
         let mut allowance = self.allowance.lock();
         if allowance.bytes < bytes || allowance.until < Instant::now() {
-            let room = cgroup::headroom().map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
+            let room = allowance.headroom.look();
+            let room = room.map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
             if room < bytes {
                 return false;
             }
-            *allowance = Allowance {
-                until: Instant::now() + Duration::from_millis(100),
-                bytes: (room / 2).max(bytes),
-            };
+            allowance.until = Instant::now() + Duration::from_millis(100);
+            allowance.bytes = (room / 2).max(bytes);
         }
         allowance.bytes -= bytes;
         true
