@@ -146,6 +146,15 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
     ) -> std::io::Result<Filled> {
         let (enough, no_room) = (AtomicBool::new(false), OnceLock::new());
         let documents = AtomicU64::new(0);
+        // A list that grows has two blocks for a moment, so what is in use counts only while nobody
+        // adds. Nothing is guarded by the lock that a panic could leave half done.
+        let adding = RwLock::new(());
+        let is_enough = || {
+            is_enough() && {
+                let _nobody = adding.write().unwrap_or_else(PoisonError::into_inner);
+                is_enough()
+            }
+        };
         // Relaxed everywhere: a flag that need only be seen soon, and a sum read after the join.
         let once = |thread: usize, grouped: &mut Grouped| {
             for (number, document) in (0..).zip(&corpus.documents) {
@@ -157,7 +166,11 @@ impl<A: Allocator + Clone + Send + Sync> Twin<A> {
                     break;
                 }
                 grouped.set(document);
-                match self.add(shard, number, grouped, &corpus.vocabulary) {
+                let added = {
+                    let _adding = adding.read().unwrap_or_else(PoisonError::into_inner);
+                    self.add(shard, number, grouped, &corpus.vocabulary)
+                };
+                match added {
                     Ok(_) => _ = documents.fetch_add(1, Ordering::Relaxed),
                     Err(which) => _ = no_room.set(which),
                 }
@@ -354,6 +367,24 @@ mod tests {
             assert_eq!(twin.documents(), filled.documents);
             assert_eq!((filled.no_room, filled.used_up), (None, false));
             assert_eq!(twin.compare(|_| {}).differing, 0);
+        }
+    }
+
+    /// As when a list of another thread has its old and its new block.
+    #[test]
+    fn what_is_enough_for_a_moment_only_is_not_enough() {
+        let corpus = corpus();
+        for threads in [1, 3] {
+            let twin = Twin::new_in(&Global);
+            let asked = AtomicU64::new(0);
+            // Yes, and at once no again, as long as there are too few.
+            let is_enough = || {
+                let moment = asked.fetch_add(1, Ordering::Relaxed).is_multiple_of(2);
+                twin.documents() >= 50 || threads == 1 && moment
+            };
+            let filled = twin.fill(&corpus, threads, is_enough, || {});
+            let Ok(filled) = filled else { panic!("a thread can be started") };
+            assert!(filled.documents >= 50, "{} documents", filled.documents);
         }
     }
 
