@@ -4,10 +4,13 @@
 mod support;
 
 use pageferry::{Engine, Folios, Order, Region};
-use pageferry_sys::page_size;
+use pageferry_sys::inject::Faulty;
+use pageferry_sys::mm::Advice;
+use pageferry_sys::{SysOp, page_size};
 use std::io::Read as _;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 use support::{check, engine, fill, first_node, frames, promised, value};
 
@@ -124,4 +127,35 @@ fn a_region_that_promises_gets_its_own_old_pages_again() {
     }
     assert!(again > 0, "no old page was used again");
     check(&region, 0..region.len());
+}
+
+#[test]
+fn frames_that_another_region_left_at_rest_make_room() {
+    const BUDGET: usize = 4 << 20;
+    let counting = Arc::new(Faulty::new());
+    let builder = Engine::builder().frame_budget(BUDGET).frame_grace(Duration::ZERO);
+    let builder = builder.idle_release(Duration::from_secs(3600)).sys(counting.clone());
+    let Some(engine) = support::build(builder) else { return };
+    let regions = [(); 2].map(|()| {
+        let region = promised(engine.map(8 << 20).folios(Folios::Base)).build().expect("memory");
+        fill(&region, 0..region.len());
+        region
+    });
+    // What the engine has to allocate: by the kernel's copies, and ahead of a move.
+    let allocated = || {
+        let populate = SysOp::Advise(Advice::PopulateWrite);
+        counting.calls(SysOp::CopyIn) + counting.calls(populate)
+    };
+    for region in &regions {
+        // All that may be at rest is this region's, whatever the other one left.
+        move_about(&engine, region, Order::Frozen);
+        let before = allocated();
+        move_about(&engine, region, Order::Frozen);
+        assert_eq!(allocated() - before, 0, "frames were at rest");
+        let held = engine.stats().frame_bytes;
+        assert!(held > 0 && held <= BUDGET, "{held} bytes at rest");
+    }
+    for region in &regions {
+        check(region, 0..region.len());
+    }
 }

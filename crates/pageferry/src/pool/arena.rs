@@ -44,6 +44,10 @@ impl Extent {
     pub(crate) fn frames(&self) -> usize {
         self.hi - self.lo
     }
+    /// Whether a region `but`, if that is told, can make no use of it.
+    fn is_of_another(&self, but: Option<u64>) -> bool {
+        but.is_none() || self.owner.is_some() && self.owner != but
+    }
 }
 
 pub(crate) fn pages_per_extent() -> usize {
@@ -167,6 +171,19 @@ impl Arena {
         self.state.lock().rested.pop_front()
     }
 
+    /// Since when the extent has rested that rested longest; of another region than `but`, if told.
+    pub(super) fn oldest(&self, but: Option<u64>) -> Option<Instant> {
+        let state = self.state.lock();
+        state.rested.iter().find(|extent| extent.is_of_another(but)).map(|extent| extent.rested)
+    }
+
+    /// Takes the extent that [`Self::oldest`] told of.
+    pub(super) fn take_oldest_but(&self, but: Option<u64>) -> Option<Extent> {
+        let mut state = self.state.lock();
+        let at = state.rested.iter().position(|extent| extent.is_of_another(but))?;
+        state.rested.remove(at)
+    }
+
     /// Whether [`Self::take_rested`] would give one now.
     pub(super) fn has_rested(&self, grace: Duration, owners: &[u64]) -> bool {
         self.state.lock().fit(grace, owners).is_some()
@@ -232,6 +249,28 @@ mod tests {
         rest(None);
         assert_eq!(take(&[]), Some(None));
         assert_eq!(arena.take_oldest().map(|e| e.owner), Some(Some(2)));
+    }
+
+    #[test]
+    fn of_others_is_what_a_region_can_make_no_use_of() {
+        let arena = Arena::new(0, FolioSize::Base, 4);
+        arena.grow(HUGE..5 * HUGE);
+        for owner in [None, Some(1), Some(2), Some(3)] {
+            let mut extent = arena.take_empty(false).expect("four");
+            (extent.hi, extent.populated, extent.owner) = (1, 1, owner);
+            arena.put_frames(extent);
+        }
+        let since = |owner| {
+            let state = arena.state.lock();
+            state.rested.iter().find(|e| e.owner == owner).map(|e| e.rested)
+        };
+        assert_eq!(arena.oldest(None), since(None));
+        assert_eq!(arena.oldest(Some(1)), since(Some(2)));
+        let take = |but| arena.take_oldest_but(but).map(|extent| extent.owner);
+        assert_eq!(take(Some(1)), Some(Some(2)));
+        assert_eq!(take(Some(1)), Some(Some(3)));
+        assert_eq!(take(Some(1)), None);
+        assert_eq!(take(None), Some(None));
     }
 
     #[test]

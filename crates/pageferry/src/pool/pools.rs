@@ -299,7 +299,7 @@ impl Pools {
         if !self.allowed(bytes as u64) {
             return Err(Shortage::Memory);
         }
-        let claimed = self.budget.claim(bytes, || self.free_one_rested());
+        let claimed = self.budget.claim(bytes, || self.free_one_rested(None));
         claimed.then_some(()).ok_or(Shortage::Budget)
     }
 
@@ -340,15 +340,34 @@ impl Pools {
         self.lost.store(true, Ordering::Relaxed);
     }
 
-    fn free_one_rested(&self) -> bool {
-        let arenas: Vec<_> = self.arenas.lock().clone();
-        for arena in arenas {
-            if let Some(extent) = arena.take_oldest() {
+    /// Frees the frames that rested longest in any pool; of those only that the region `but` can
+    /// make no use of, if one is told.
+    fn free_one_rested(&self, but: Option<u64>) -> bool {
+        loop {
+            let oldest = {
+                let arenas = self.arenas.lock();
+                let since = arenas.iter().filter_map(|arena| Some((arena.oldest(but)?, arena)));
+                since.min_by_key(|(since, _)| *since).map(|(_, arena)| Arc::clone(arena))
+            };
+            let Some(arena) = oldest else { return false };
+            // Else somebody took it meanwhile.
+            if let Some(extent) = arena.take_oldest_but(but) {
                 self.free(extent);
                 return true;
             }
         }
-        false
+    }
+
+    /// Whether frames of a region may be kept within the budget; those that rested longest of the
+    /// regions that do not move make room for them. Else these would have to be freed, and the region
+    /// would have to do without for as long as others have what they do not use.
+    fn has_room_for(&self, owner: Option<u64>) -> bool {
+        while self.extra_bytes() > self.budget.limit() {
+            if owner.is_none() || !self.free_one_rested(owner) {
+                return false;
+            }
+        }
+        true
     }
 
     fn populate(&self, node: u32, size: FolioSize, pages: usize) -> Result<Extent, Shortage> {
@@ -431,12 +450,12 @@ impl Pools {
             return;
         }
         let keep = extent.owner.is_none() || source.recycles();
-        let over = self.extra_bytes() > self.budget.limit();
         let frames = extent.frames();
         let whole = extent.size == FolioSize::Base || frames == pages_per_extent();
         if frames == 0 && extent.populated == 0 && !extent.split {
             self.shelve(extent);
-        } else if keep && !over && !extent.mixed && !extent.split && whole {
+        } else if keep && !extent.mixed && !extent.split && whole && self.has_room_for(extent.owner)
+        {
             if let Ok(arena) = self.arena(extent.node, extent.size) {
                 arena.put_frames(extent);
             }
