@@ -254,6 +254,9 @@ pub(super) enum Extent {
     },
 }
 
+/// Bytes moved before a timed measurement of recycled frames; some batches for each CPU.
+const SETTLE: usize = 16 << 20;
+
 /// Measures a way to move memory.
 pub(super) struct MoveCase<'a> {
     config: Config,
@@ -323,6 +326,11 @@ impl Case for MoveCase<'_> {
     fn measure(&mut self, lab: &Lab<'_>, warm_up: bool) -> Result<(), Trouble> {
         match self.extent {
             Extent::Timed => {
+                // What ran before was of another kind, and left frames of that: the first batches
+                // would measure how these are exchanged for such as this kind needs.
+                if self.config.frames == Frames::Recycled {
+                    self.once(self.window.min(SETTLE))?;
+                }
                 let (report, wall, counted, _) = self.once(self.window)?;
                 if warm_up {
                     let per_second = report.bytes_moved as f64 / wall.as_secs_f64().max(1e-6);
