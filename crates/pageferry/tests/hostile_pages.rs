@@ -6,6 +6,7 @@ mod support;
 use pageferry::{Busy, Folios, Order, Outcome, References};
 use pageferry_sys::page_size;
 use pageferry_sys::pagemap::{Entry, Pagemap};
+use std::ops::Range;
 use std::os::unix::process::ExitStatusExt;
 use std::slice::from_ref;
 use std::sync::Arc;
@@ -38,10 +39,12 @@ impl Ksm {
         }
         Some(Self(before))
     }
-    /// Pages of this process that are merged; `None`: the kernel does not tell (before 6.1). What
-    /// `/sys` counts are those of all processes.
-    fn merged() -> Option<u64> {
-        std::fs::read_to_string("/proc/self/ksm_merging_pages").ok()?.trim().parse().ok()
+    /// Pages of a range that are merged: mapped more than once. (What the kernel counts for a process
+    /// has those that were merged before its last look, too.)
+    fn merged(pagemap: &Pagemap, range: &Range<usize>) -> usize {
+        let mut entries = vec![Entry(0); range.len() / page_size()];
+        pagemap.entries(range.start, &mut entries).expect("the page map");
+        entries.iter().filter(|entry| entry.present() && !entry.exclusive()).count()
     }
 }
 
@@ -59,9 +62,7 @@ fn pages_merged_by_ksm_are_busy_or_move_and_part_when_written() {
     let Some(_ksm) = Ksm::on() else {
         return eprintln!("skipped: /sys/kernel/mm/ksm is not writable");
     };
-    if Ksm::merged().is_none() {
-        return eprintln!("skipped: this kernel does not tell which pages KSM merged (Linux 6.1)");
-    }
+    let pagemap = Pagemap::open().expect("the page map");
     let _watchdog = Watchdog::new("KSM");
     let len = 8 << 20;
     for order in [Order::Frozen, Order::Live] {
@@ -82,7 +83,7 @@ fn pages_merged_by_ksm_are_busy_or_move_and_part_when_written() {
             return eprintln!("skipped: this kernel has no KSM");
         }
         let until = Instant::now() + Duration::from_secs(10);
-        let merged = || Ksm::merged().unwrap_or(0);
+        let merged = || Ksm::merged(&pagemap, &same);
         while merged() < 512 && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
         }
