@@ -5,7 +5,7 @@
 //! the caller take whole batches through all the steps, each for itself. What they share is the
 //! planner (a short lock a batch) and a few counters.
 
-use crate::berth::{Announced, Berth};
+use crate::berth::{Announced, Berth, Reserved};
 use crate::job::{Frames, Job};
 use crate::plan::{Planner, Segment};
 use crate::policy::{Choice, MAX_WINDOW, STRETCH, TRIAL, Wish};
@@ -254,15 +254,18 @@ impl Running<'_> {
         let order = if kernel_copy { Order::Frozen } else { order };
         let asked = segment.range.len();
         match berth.reserve(segment, self.source(), kernel_copy, tally) {
-            Err(()) => {
+            Reserved::Refused => {
                 tally.lap(Phase::Reserve);
                 self.count(asked);
                 return Begun::Refused;
             }
-            Ok(Some(rest)) => {
-                self.give_back(rest);
+            Reserved::Full(segment) => {
+                tally.lap(Phase::Reserve);
+                self.give_back(segment);
+                return Begun::Full;
             }
-            Ok(None) => {}
+            Reserved::Ready { rest: Some(rest) } => self.give_back(rest),
+            Reserved::Ready { rest: None } => {}
         }
         tally.lap(Phase::Reserve);
         match berth.open(order, tally) {
@@ -345,8 +348,9 @@ impl Running<'_> {
                             .pop()
                             .unwrap_or_else(|| Berth::new(&self.job.ctx, self.job.cpu.kernel()));
                         let choice = self.choose(segment.size, copiers);
-                        match self.launch(&mut berth, segment, choice, !air.is_empty(), &mut tally)
-                        {
+                        let holding = air.iter().any(|(b, ..)| b.order() == Order::Frozen);
+                        berth.set_nested(!air.is_empty(), holding);
+                        match self.launch(&mut berth, segment, choice, &mut tally) {
                             Ok(launched) => air.push_back((berth, choice, launched)),
                             Err(no_room) => {
                                 full = no_room;
@@ -392,10 +396,9 @@ impl Running<'_> {
         berth: &mut Berth<'_>,
         segment: Segment,
         choice: Choice,
-        nested: bool,
         tally: &mut Tally,
     ) -> Result<Launched, bool> {
-        berth.set_nested(nested);
+        let nested = berth.is_nested();
         let order = match self.begin(berth, segment, choice.order, tally) {
             Begun::Flying(order) => order,
             Begun::Refused => return Err(false),

@@ -99,6 +99,18 @@ impl Turn {
     }
 }
 
+/// What became of [`Berth::reserve`].
+#[derive(Debug)]
+pub(crate) enum Reserved {
+    /// The segment is loaded, cut to what there was room for.
+    Ready { rest: Option<Segment> },
+    /// It has its outcome.
+    Refused,
+    /// No frame is at rest, and this thread has holes open: whoever waits there would wait for the
+    /// kernel to find memory, too.
+    Full(Segment),
+}
+
 /// What became of [`Berth::open`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Announced {
@@ -143,8 +155,10 @@ pub(crate) struct Berth<'c> {
     placed_otherwise: bool,
     /// The kernel had no memory for its copies.
     starved: bool,
-    /// This thread has other holes open.
+    /// This thread has other flights open.
     nested: bool,
+    /// And holes with them.
+    holding: bool,
     /// When to offer the CPU to others before the next hole, and how often.
     turn: Turn,
 }
@@ -173,6 +187,7 @@ impl<'c> Berth<'c> {
             placed_otherwise: false,
             starved: false,
             nested: false,
+            holding: false,
             turn: Turn::new(),
         }
     }
@@ -219,8 +234,10 @@ impl<'c> Berth<'c> {
         let fits = |e: &Extent| e.frames() > 0 && !e.lost && e.node == node && e.size == size;
         self.frames.as_ref().is_some_and(fits)
     }
-    pub(crate) fn set_nested(&mut self, nested: bool) {
+    /// Whether this thread has other flights open, and whether with holes.
+    pub(crate) fn set_nested(&mut self, nested: bool, holding: bool) {
         self.nested = nested;
+        self.holding = holding;
     }
     pub(crate) fn is_nested(&self) -> bool {
         self.nested
@@ -230,15 +247,15 @@ impl<'c> Berth<'c> {
         self.order = Order::Frozen;
     }
 
-    /// Step 1: frames on the destination and slots for the old pages. On success the segment is
-    /// loaded, cut to what there was room for; the rest comes back.
+    /// Step 1: frames on the destination and slots for the old pages. Once it is reserved, the
+    /// segment is loaded.
     pub(crate) fn reserve(
         &mut self,
         mut segment: Segment,
         source: Source<'_>,
         kernel_copy: bool,
         tally: &mut Tally,
-    ) -> Result<Option<Segment>, ()> {
+    ) -> Reserved {
         self.kernel_copy = kernel_copy;
         self.placed_otherwise = false;
         self.starved = false;
@@ -260,14 +277,16 @@ impl<'c> Berth<'c> {
         // The kernel allocates for its copies: a full cgroup would call the OOM killer.
         if kernel_copy && !self.ctx.pools.allowed(segment.range.len() as u64) {
             tally.outcome(segment.range, Outcome::NoFrame(Shortage::Memory));
-            return Err(());
+            return Reserved::Refused;
         }
         if self.frames.is_none() && !kernel_copy {
-            match self.ctx.pools.take_frames(segment.to, segment.size, want, source, !self.nested) {
-                Ok(extent) => self.frames = Some(extent),
+            let may_wait = !self.holding;
+            match self.ctx.pools.take_frames(segment.to, segment.size, want, source, may_wait) {
+                Ok(Some(extent)) => self.frames = Some(extent),
+                Ok(None) => return Reserved::Full(segment),
                 Err(shortage) => {
                     tally.outcome(segment.range, Outcome::NoFrame(shortage));
-                    return Err(());
+                    return Reserved::Refused;
                 }
             }
         }
@@ -276,7 +295,7 @@ impl<'c> Berth<'c> {
                 Ok(extent) => self.empties = Some(extent),
                 Err(shortage) => {
                     tally.outcome(segment.range, Outcome::NoFrame(shortage));
-                    return Err(());
+                    return Reserved::Refused;
                 }
             }
         }
@@ -295,7 +314,7 @@ impl<'c> Berth<'c> {
         self.swapped = [0; 8];
         self.abandoned = false;
         self.outcome[..pages].fill(Outcome::Cancelled);
-        Ok(rest)
+        Reserved::Ready { rest }
     }
 
     /// Step 2: announces the flight. If none of the range can be moved now, the segment is

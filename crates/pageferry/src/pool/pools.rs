@@ -252,6 +252,7 @@ impl Pools {
     }
 
     /// An extent with at least one frame on `node`; fresh ones are made for up to `want` pages.
+    /// `None`: only by waiting, for the kernel to find memory or for a frame's grace period.
     pub(crate) fn take_frames(
         &self,
         node: u32,
@@ -259,25 +260,25 @@ impl Pools {
         want: usize,
         source: Source<'_>,
         may_wait: bool,
-    ) -> Result<Extent, Shortage> {
+    ) -> Result<Option<Extent>, Shortage> {
         let (arena, owners) = (self.arena(node, size)?, source.owners());
         if let Some(extent) = arena.take_rested(self.config.grace, owners) {
-            return Ok(extent);
+            return Ok(Some(extent));
         }
         if source.recycles() {
             *self.demand.lock() = Some((node, size));
         }
+        if !may_wait {
+            return Ok(None);
+        }
         let shortage = match self.fresh(node, size, want) {
-            Ok(extent) => return Ok(extent),
+            Ok(extent) => return Ok(Some(extent)),
             Err(shortage) => shortage,
         };
-        // Rather wait out the grace period of a frame at rest than fail; not with holes open.
-        if !may_wait {
-            return Err(shortage);
-        }
+        // Rather wait out the grace period of a frame at rest than fail.
         let extent = arena.take_rested(Duration::ZERO, owners).ok_or(shortage)?;
         std::thread::sleep(self.config.grace.saturating_sub(extent.rested.elapsed()));
-        Ok(extent)
+        Ok(Some(extent))
     }
 
     fn fresh(&self, node: u32, size: FolioSize, want: usize) -> Result<Extent, Shortage> {
