@@ -152,6 +152,8 @@ struct Document<'a> {
     nodes: Vec<NodeBytes>,
     holdings: &'a [Holding],
     swapped: Vec<KindBytes>,
+    /// Neither present nor swapped out: markers, and pages that somebody is migrating.
+    marker_bytes: u64,
     top: Vec<Mapping<'a>>,
     notes: Vec<Told<'a>>,
     notes_left_out: u64,
@@ -222,6 +224,7 @@ impl<'a> Document<'a> {
             nodes: nodes.map(|(node, bytes)| NodeBytes { node, bytes }).collect(),
             holdings: &found.holdings,
             swapped: swapped.collect(),
+            marker_bytes: found.markers,
             top: found.top.iter().map(Mapping::from).collect(),
             notes: told(&found.notes),
             notes_left_out: found.notes.left_out,

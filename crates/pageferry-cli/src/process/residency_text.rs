@@ -55,6 +55,14 @@ fn write_text(found: &ProcessResidency, nodes: &NodeList, out: &mut String) -> f
         let kinds = found.swapped.iter().map(|(kind, bytes)| format!("{kind} {}", size(*bytes)));
         writeln!(out, "\nswapped out: {}", kinds.collect::<Vec<_>>().join(", "))?;
     }
+    if found.markers > 0 {
+        let bytes = size(found.markers);
+        writeln!(
+            out,
+            "\nneither present nor swapped out: {bytes} (guard regions, markers of a userfaultfd, \
+             pages that somebody is migrating)"
+        )?;
+    }
     top(&found.top, out)?;
     notes(&found.notes, &[], out)
 }
@@ -142,6 +150,20 @@ mod tests {
     #[test]
     fn a_name_cannot_command_the_terminal() {
         assert_eq!(printable("/tmp/\u{1b}[2Jx\n"), "/tmp/?[2Jx?");
+    }
+
+    #[test]
+    fn what_is_no_page_is_told_apart_from_what_is_swapped_out() {
+        let found = ProcessResidency::default();
+        let plain = |found: &ProcessResidency| {
+            anstream::adapter::strip_str(&text(found, NodeList::default())).to_string()
+        };
+        assert!(!plain(&found).contains("swapped"));
+        let mut found = found;
+        found.markers = 12 << 10;
+        let told = plain(&found);
+        assert!(told.contains("neither present nor swapped out: 12 KiB (guard regions,"), "{told}");
+        assert!(!told.contains("\nswapped out"), "{told}");
     }
 
     #[test]

@@ -22,6 +22,7 @@
 //!   ended and was waited for. A pidfd tells afterwards; at worst pages of another process were
 //!   moved, which changes where they are and not what they hold.
 
+mod absent;
 mod age;
 mod control;
 mod cost;

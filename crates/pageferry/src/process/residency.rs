@@ -60,6 +60,9 @@ pub struct ProcessResidency {
     pub top: Vec<BigMapping>,
     /// Bytes swapped out, by kind.
     pub swapped: Vec<(Kind, u64)>,
+    /// Bytes that the page map has among the swapped ones and that are not: markers of guard regions
+    /// and userfaultfds, and pages that somebody is migrating at the moment.
+    pub markers: u64,
     /// Bytes whose node could not be told; a note says why.
     pub unknown: u64,
     /// Bytes that were there and were given back before their node was asked for. They are not
@@ -168,7 +171,8 @@ impl Where {
         Ok(ProcessResidency {
             holdings: look.holdings(),
             top: look.top.list,
-            swapped: walk.swapped,
+            swapped: walk.absents.swapped,
+            markers: walk.absents.markers,
             unknown: look.unknown,
             gone: look.gone,
             processes: walk.processes,

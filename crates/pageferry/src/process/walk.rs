@@ -6,6 +6,7 @@
 //! - Pieces are disjoint, and each holds pages of one process.
 //! - Addresses ascend within a process, so that the walk ends however fast it maps new memory.
 
+use super::absent::Absents;
 use super::notes::{Note, Notes};
 use super::piece::{PIECE_PAGES, Piece, Span};
 use super::seen::Seen;
@@ -64,8 +65,8 @@ pub(super) struct Walk {
     /// What the kernel counts as resident of the processes found so far, in bytes.
     pub(super) resident: u64,
     pub(super) mappings: u64,
-    /// Bytes swapped out, by kind, where mappings are kept.
-    pub(super) swapped: Vec<(Kind, u64)>,
+    /// What is not present, where mappings are kept.
+    pub(super) absents: Absents,
 }
 
 impl Walk {
@@ -91,7 +92,7 @@ impl Walk {
             processes: 0,
             resident: 0,
             mappings: 0,
-            swapped: Vec::new(),
+            absents: Absents::default(),
         }
     }
 
@@ -231,6 +232,7 @@ impl Walk {
     fn close(&mut self) {
         let Some(current) = self.current.take() else { return };
         let pid = current.process.pid;
+        self.absents.close(&*current.process.view);
         if current.process.has_ended() {
             self.notes.all(current.process.note_of_end());
         } else if current.process.has_executed() {
@@ -263,6 +265,7 @@ impl Walk {
             self.close();
         } else {
             self.notes.add(Note::Unreadable { pid, errno: errno.0 });
+            self.absents.close(&*current.process.view);
             self.current = None;
         }
     }
@@ -294,11 +297,8 @@ impl Walk {
         for run in &self.runs[..count] {
             let is = run.categories();
             if is.contains(Categories::SWAPPED) && !is.contains(Categories::PRESENT) {
-                let bytes = run.end - run.start;
-                match self.swapped.iter_mut().find(|(kind, _)| *kind == current.kind) {
-                    Some((_, sum)) => *sum += bytes,
-                    None => self.swapped.push((current.kind, bytes)),
-                }
+                let (view, range) = (&*current.process.view, address(run.start)..address(run.end));
+                self.absents.look(view, current.kind, range)?;
             } else if !is.contains(Categories::PFN_ZERO) {
                 current.take(run, &mut self.seen);
             }
@@ -331,7 +331,6 @@ impl Current {
 
     /// Takes a run over, without what other mappings of the same object had.
     fn take(&mut self, run: &Run, seen: &mut Seen) {
-        let address = |v: u64| usize::try_from(v).unwrap_or(usize::MAX);
         let is_huge = run.categories().contains(Categories::HUGE);
         let page_bytes = if is_huge { self.page_bytes.max(HUGE) } else { self.page_bytes };
         // A huge page that is asked for in part is taken whole.
@@ -348,11 +347,15 @@ impl Current {
         seen.add((self.vma.device, self.vma.inode), part, |new| {
             let start = address(new.start.wrapping_sub(origin));
             let end = address(new.end.wrapping_sub(origin));
-            let whole = start % page_bytes == 0 && end % page_bytes == 0;
+            let whole = start.is_multiple_of(page_bytes) && end.is_multiple_of(page_bytes);
             let page_bytes = if whole { page_bytes } else { page_size() };
             found.push(Span { start, end, page_bytes, ..span.clone() });
         });
     }
+}
+
+fn address(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// What `PAGEMAP_SCAN` would tell, from the entries, for kernels that do not have it. They tell
