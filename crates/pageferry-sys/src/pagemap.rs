@@ -1,7 +1,8 @@
 //! What stands behind a range of this process: `/proc/self/pagemap` and its `PAGEMAP_SCAN`.
 //!
 //! Source: `include/uapi/linux/fs.h` (`struct pm_scan_arg`, `PAGE_IS_*`; 6.7),
-//! `Documentation/admin-guide/mm/pagemap.rst`.
+//! `Documentation/admin-guide/mm/pagemap.rst`, fs/proc/task_mmu.c (`pte_to_pagemap_entry`),
+//! include/linux/swap.h (`SWP_PTE_MARKER`, `MAX_SWAPFILES`).
 
 use crate::Errno;
 use std::fs::File;
@@ -16,7 +17,8 @@ bitflags::bitflags! {
         const FILE = 1 << 2;
         /// Mapped.
         const PRESENT = 1 << 3;
-        /// Swapped out (before 6.15 guard markers are counted here too).
+        /// No page, and something else in its place: [`Absent`]. A page that was swapped out, one
+        /// that migrates, a marker; guard markers, too, also where the kernel knows [`Self::GUARD`].
         const SWAPPED = 1 << 4;
         /// The shared zero page.
         const PFN_ZERO = 1 << 5;
@@ -77,6 +79,26 @@ const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<Run>() == 24);
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: u64 = (3 << 30) | (96 << 16) | ((b'f' as u64) << 8) | 16;
 
+/// The swap type of markers: the last there is, in every kernel from 6.2 on.
+const MARKER_TYPE: u64 = 31;
+/// Types below are those of swap areas, however the kernel is configured: of 32 it sets aside one for
+/// markers, four for memory of devices, three for pages that migrate and one for poisoned ones, or
+/// fewer.
+const AREA_TYPES: u64 = 32 - 1 - 4 - 3 - 1;
+
+/// What stands in a page table where the page map says [swapped](Entry::swapped).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Absent {
+    /// A page that was swapped out.
+    Swapped,
+    /// A marker, with no page behind it: of a guard region (`MADV_GUARD_INSTALL`, 6.13), of a
+    /// userfaultfd's write protection, of a page that was lost.
+    Marker,
+    /// Any of these, or a page that migrates or is on a device: without `CAP_SYS_ADMIN` the kernel
+    /// tells guard markers only, and those from 6.15 on.
+    Untold,
+}
+
 /// One entry of `/proc/self/pagemap`.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +118,18 @@ impl Entry {
     pub fn swapped(self) -> bool {
         self.0 >> 62 & 1 != 0
     }
+    /// What stands there if it is [swapped](Self::swapped): by bit 58 and the swap type.
+    pub fn absent(self) -> Option<Absent> {
+        let word = self.0 & ((1 << 55) - 1);
+        match (word != 0, word & 31) {
+            _ if !self.swapped() => None,
+            _ if self.0 >> 58 & 1 != 0 => Some(Absent::Marker),
+            (true, MARKER_TYPE) => Some(Absent::Marker),
+            (true, 0..AREA_TYPES) => Some(Absent::Swapped),
+            // Hidden: no area has a page at offset 0, where its header is.
+            _ => Some(Absent::Untold),
+        }
+    }
     /// Bit 61: belongs to a file or shared memory.
     pub fn file(self) -> bool {
         self.0 >> 61 & 1 != 0
@@ -104,7 +138,8 @@ impl Entry {
     pub fn write_protected(self) -> bool {
         self.0 >> 57 & 1 != 0
     }
-    /// Bit 56: mapped by this process only, once.
+    /// Bit 56 (4.2): mapped by this process only, once. Told to everybody. Of a page of a larger
+    /// folio it may tell of the folio instead (`CONFIG_NO_PAGE_MAPCOUNT`, 6.16).
     pub fn exclusive(self) -> bool {
         self.0 >> 56 & 1 != 0
     }
@@ -185,5 +220,28 @@ impl Pagemap {
         };
         let n = Errno::result(ret.into())?;
         Ok((n, usize::try_from(arg.walk_end).unwrap_or(end)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stands_where_a_page_is_swapped_is_told_as_far_as_the_kernel_tells() {
+        let swapped = 1 << 62;
+        let absent = |bits: u64| Entry(bits).absent();
+        assert_eq!(absent(1 << 63 | 31), None, "a frame, not a type");
+        assert_eq!(absent(0), None);
+        // Seen on Linux 6.18: a guard marker, one of write protection, the guard marker as it is
+        // told without rights.
+        assert_eq!(absent(0x4400_0000_0000_009f), Some(Absent::Marker));
+        assert_eq!(absent(0x4200_0000_0000_003f), Some(Absent::Marker));
+        assert_eq!(absent(0x4400_0000_0000_0000), Some(Absent::Marker));
+        assert_eq!(absent(swapped), Some(Absent::Untold));
+        assert_eq!(absent(swapped | 1 << 57), Some(Absent::Untold), "protected, and hidden");
+        assert_eq!(absent(swapped | 7 << 5), Some(Absent::Swapped), "the first area");
+        assert_eq!(absent(swapped | 7 << 5 | 22), Some(Absent::Swapped));
+        assert_eq!(absent(swapped | 7 << 5 | 26), Some(Absent::Untold), "it may migrate");
     }
 }

@@ -116,6 +116,9 @@ pub struct Status {
     pub shared_memory: u64,
     /// Hugetlb pages, in bytes.
     pub hugetlb: u64,
+    /// Private memory that is swapped out, in bytes (`VmSwap`: no shared memory, no markers); may lag
+    /// behind as the others do.
+    pub swapped: u64,
     /// The nodes that its cpuset allows, as a list like `0-1,3`; empty where not told.
     pub nodes_allowed: String,
 }
@@ -153,6 +156,7 @@ impl Status {
             file: kib("RssFile"),
             shared_memory: kib("RssShmem"),
             hugetlb: kib("HugetlbPages"),
+            swapped: kib("VmSwap"),
             nodes_allowed: value("Mems_allowed_list").unwrap_or("").trim().to_owned(),
         })
     }
@@ -360,13 +364,14 @@ mod tests {
     #[test]
     fn the_name_of_a_process_cannot_shift_the_fields_of_its_stat() {
         let status = "Name:\ta) R 1\nState:\tS (sleeping)\nTgid:\t7\nPPid:\t3\n\
-            Uid:\t1\t2\t3\t4\nNSpid:\t7\t1\nThreads:\t5\nRssAnon:\t  8 kB\nMems_allowed_list:\t0-1\n";
+            Uid:\t1\t2\t3\t4\nNSpid:\t7\t1\nThreads:\t5\nRssAnon:\t  8 kB\nVmSwap:\t 12 kB\nMems_allowed_list:\t0-1\n";
         let stat = "7 (a) R 1) S 3 7 7 0 -1 2097152 0 0 0 0 0 0 0 0 20 0 5 0 12345 0 0";
         let parsed = Status::parse(status, stat).expect("well formed");
         assert_eq!((parsed.tgid, parsed.parent, parsed.uid, parsed.threads), (7, 3, 2, 5));
         assert_eq!(parsed.own_pid, 1);
         assert_eq!((parsed.started, parsed.kernel_thread, parsed.state), (12345, true, 'S'));
-        assert_eq!((parsed.anonymous, parsed.nodes_allowed.as_str()), (8192, "0-1"));
+        assert_eq!((parsed.anonymous, parsed.swapped), (8192, 12288));
+        assert_eq!(parsed.nodes_allowed, "0-1");
         assert_eq!(Status::parse(status, "7 (a"), None);
     }
 

@@ -43,6 +43,14 @@ pub enum ListError {
         /// The part as it was found.
         part: String,
     },
+    /// A number begins with a 0, and means one thing to numactl and another to everybody else.
+    #[error(
+        "`{part}` begins with a 0, which numactl reads as octal (0x: hexadecimal): write it in decimal"
+    )]
+    LeadingZero {
+        /// The part as it was found.
+        part: String,
+    },
     /// A part between commas is not a word of a mask.
     #[error("`{part}` is not a word of a mask: expected at most 8 hexadecimal digits")]
     NotAMask {
@@ -205,6 +213,8 @@ impl NodeList {
     /// `!1`, all but node 1; `+0`, the first of `allowed`, `+0-1,3` the first, second and fourth;
     /// `!+0`, all but the first. Where a range spans nodes that are not there, those are left out.
     ///
+    /// Numbers are decimal. One like `010` is refused: libnuma's `strtoul(3)` takes it for 8.
+    ///
     /// `allowed` are the nodes that may be named, in numactl those of the caller's cpuset.
     ///
     /// # Errors
@@ -224,6 +234,9 @@ impl NodeList {
                 continue;
             }
             let (from, to) = part.split_once('-').unwrap_or((part, part));
+            if [from, to].iter().any(|digits| digits.len() > 1 && digits.starts_with('0')) {
+                return Err(ListError::LeadingZero { part: part.into() });
+            }
             let (from, to) = (number(from, part)?, number(to, part)?);
             if to < from {
                 return Err(ListError::Reversed { part: part.into() });

@@ -112,6 +112,17 @@ fn what_names_no_node_or_one_that_is_not_there_is_refused_with_the_choice() {
         let error = NodeList::parse(text, &allowed).expect_err(text);
         assert!(!error.to_string().is_empty());
     }
+    // To numactl `010` is 8, `0x1` is 1, and `08` is no number.
+    for part in ["010", "00", "08", "0x1", "0-010", "01-02"] {
+        for text in [part.to_owned(), format!("!{part}"), format!("0,{part}"), format!("+{part}")] {
+            let error = NodeList::parse(&text, &nodes(0..32)).expect_err(&text);
+            assert_eq!(error, ListError::LeadingZero { part: part.into() }, "{text}");
+        }
+    }
+    let error = NodeList::parse("010", &allowed).expect_err("octal?");
+    assert!(error.to_string().contains("numactl reads as octal"), "{error}");
+    // The kernel's own lists are decimal, zeros or not (lib/bitmap-str.c, `bitmap_getnum`).
+    assert_eq!("010".parse::<NodeList>(), Ok(nodes([10])));
     let error = NodeList::parse("1", &allowed).expect_err("not there");
     assert_eq!(error.to_string(), "`1` names a node that is not there: choose from 0,2");
     let error = NodeList::parse("+2", &allowed).expect_err("only two");

@@ -8,7 +8,7 @@ use made_up::{BASE, PID, bytes, kernel_with, pages, to_node};
 use pageferry::process::Note;
 use pageferry::{Busy, HUGE, Outcome};
 use pageferry_sys::process::ProcessKernel;
-use pageferry_sys::process::fake::{FakeVma, Hindrance, ProcessOp};
+use pageferry_sys::process::fake::{FakeKernel, FakeProcess, FakeVma, Hindrance, ProcessOp};
 use pageferry_sys::{Errno, page_size};
 use std::time::Duration;
 
@@ -48,6 +48,15 @@ fn pages_that_somebody_else_is_migrating_are_tried_again_until_they_are_over() {
     }
 }
 
+/// A process of which something is swapped out.
+fn swapping(vma: &FakeVma) -> FakeKernel {
+    let kernel = kernel_with(2, vec![]);
+    let mut process = FakeProcess::new(PID, vec![vma.clone()]);
+    process.status.swapped = pages(1);
+    kernel.add(process);
+    kernel
+}
+
 #[test]
 fn a_page_that_never_comes_back_is_not_called_gone() {
     let swapped = Some(Hindrance::Migrates(u32::MAX));
@@ -55,7 +64,7 @@ fn a_page_that_never_comes_back_is_not_called_gone() {
     (10..20).for_each(|i| vma.pages[i].hindrance = swapped);
     // It is there, and missing all the same.
     vma.pages[30].hindrance = Some(Hindrance::Unqueued(libc::ENOENT, u32::MAX));
-    let kernel = kernel_with(2, vec![vma.clone()]);
+    let kernel = swapping(&vma);
     let report = to_node(&kernel, 1).run().expect("valid");
     assert_eq!(bytes(&report, Outcome::NotPresent), pages(10), "{report:?}");
     assert_eq!(bytes(&report, Outcome::Busy(Busy::Contended)), pages(1));
@@ -63,7 +72,7 @@ fn a_page_that_never_comes_back_is_not_called_gone() {
     assert!(report.notes.list.contains(&Note::SwappedOut { bytes: pages(10) }), "{report:?}");
     assert!(!report.is_complete());
     // Asked for once only, they may as well be on their way.
-    let kernel = kernel_with(2, vec![vma]);
+    let kernel = swapping(&vma);
     let report = to_node(&kernel, 1).retries(0).run().expect("valid");
     assert_eq!(bytes(&report, Outcome::Busy(Busy::Contended)), pages(11), "{report:?}");
 }

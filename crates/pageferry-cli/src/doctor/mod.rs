@@ -14,6 +14,7 @@ mod kernel;
 mod limits;
 mod memory;
 mod process;
+mod seccomp;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -86,6 +87,7 @@ struct Report {
 pub(crate) fn run(args: &DoctorArgs, context: &Context) -> anyhow::Result<Exit> {
     let host = Host::new(&args.root);
     let mut checks = kernel::checks(&host);
+    checks.push(seccomp::check(&host));
     let (of_memory, nodes) = memory::checks(&host);
     checks.extend(of_memory);
     checks.extend(process::checks(&host, nodes));

@@ -145,6 +145,8 @@ struct Document<'a> {
     processes: u64,
     mappings: u64,
     present_bytes: u64,
+    /// Of these, anonymous memory that other processes map too; notes say how it was counted.
+    shared_anonymous_bytes: u64,
     /// Present, but on a node that could not be told.
     unknown_bytes: u64,
     /// Present at first, and given back before their node was asked for.
@@ -152,6 +154,8 @@ struct Document<'a> {
     nodes: Vec<NodeBytes>,
     holdings: &'a [Holding],
     swapped: Vec<KindBytes>,
+    /// Neither present nor swapped out: markers, and pages that somebody is migrating.
+    marker_bytes: u64,
     top: Vec<Mapping<'a>>,
     notes: Vec<Told<'a>>,
     notes_left_out: u64,
@@ -217,11 +221,13 @@ impl<'a> Document<'a> {
             processes: found.processes,
             mappings: found.mappings,
             present_bytes: found.bytes(),
+            shared_anonymous_bytes: found.shared_anonymous,
             unknown_bytes: found.unknown,
             gone_bytes: found.gone,
             nodes: nodes.map(|(node, bytes)| NodeBytes { node, bytes }).collect(),
             holdings: &found.holdings,
             swapped: swapped.collect(),
+            marker_bytes: found.markers,
             top: found.top.iter().map(Mapping::from).collect(),
             notes: told(&found.notes),
             notes_left_out: found.notes.left_out,

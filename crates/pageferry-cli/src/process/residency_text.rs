@@ -29,6 +29,13 @@ fn write_text(found: &ProcessResidency, nodes: &NodeList, out: &mut String) -> f
         counted(found.processes, "process", "processes"),
         found.elapsed.as_secs_f64() * 1e3,
     )?;
+    if found.shared_anonymous > 0 {
+        let bytes = size(found.shared_anonymous);
+        writeln!(
+            out,
+            "  of it {bytes} that other processes map too, since a fork or merged by KSM"
+        )?;
+    }
     let by_node = found.by_node();
     let all: NodeList = nodes.iter().chain(by_node.keys().copied()).collect();
     let mut table = Table::new(&[">node", "kind", ">pages of", ">bytes", ">share", ""]);
@@ -54,6 +61,14 @@ fn write_text(found: &ProcessResidency, nodes: &NodeList, out: &mut String) -> f
     if !found.swapped.is_empty() {
         let kinds = found.swapped.iter().map(|(kind, bytes)| format!("{kind} {}", size(*bytes)));
         writeln!(out, "\nswapped out: {}", kinds.collect::<Vec<_>>().join(", "))?;
+    }
+    if found.markers > 0 {
+        let bytes = size(found.markers);
+        writeln!(
+            out,
+            "\nneither present nor swapped out: {bytes} (guard regions, markers of a userfaultfd, \
+             pages that somebody is migrating)"
+        )?;
     }
     top(&found.top, out)?;
     notes(&found.notes, &[], out)
@@ -142,6 +157,21 @@ mod tests {
     #[test]
     fn a_name_cannot_command_the_terminal() {
         assert_eq!(printable("/tmp/\u{1b}[2Jx\n"), "/tmp/?[2Jx?");
+    }
+
+    #[test]
+    fn what_is_shared_and_what_is_no_page_is_told_apart_from_what_is_present_and_swapped() {
+        let mut found = ProcessResidency::default();
+        let plain = |found: &ProcessResidency| {
+            anstream::adapter::strip_str(&text(found, NodeList::default())).to_string()
+        };
+        assert!(!plain(&found).contains("map too") && !plain(&found).contains("swapped"));
+        (found.shared_anonymous, found.markers) = (32 << 20, 12 << 10);
+        let told = plain(&found);
+        let shared = "of it 32 MiB that other processes map too, since a fork or merged by KSM\n";
+        assert!(told.contains(shared), "{told}");
+        assert!(told.contains("neither present nor swapped out: 12 KiB (guard regions,"), "{told}");
+        assert!(!told.contains("\nswapped out"), "{told}");
     }
 
     #[test]

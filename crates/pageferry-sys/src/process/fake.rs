@@ -85,6 +85,24 @@ pub enum Hindrance {
     Migrating(u32),
     /// It is given back just before it is first asked for.
     Vanishes,
+    /// It is given back just before it is first asked for, and this stands there from then on.
+    GivesWay(Trace),
+    /// There is no page, but this.
+    Stands(Trace),
+    /// It is the page at this address of the process of this pid too, since a fork: one frame. The
+    /// page of that process says so as well.
+    Forked(u32),
+}
+
+/// What stands in a page table where there is no page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trace {
+    /// A page that was swapped out.
+    Swapped,
+    /// A marker of a guard region, which the page map tells by a bit of its own.
+    Guard,
+    /// A marker of a userfaultfd, or of a guard region on a kernel without that bit.
+    Marker,
 }
 
 /// A page: the node it is on, if it is there.
@@ -99,8 +117,34 @@ pub struct FakePage {
 impl FakePage {
     /// Whether it is mapped, and whether something else than a page stands there.
     fn mapped(&self) -> (bool, bool) {
+        if let Some(Hindrance::Stands(_)) = self.hindrance {
+            return (false, true);
+        }
         let migrating = matches!(self.hindrance, Some(Hindrance::Migrating(_)));
         (self.node.is_some() && !migrating, self.node.is_some() && migrating)
+    }
+
+    /// Its entry in the page map; `frame` is that of the page if it is there, and 0 where hidden.
+    fn entry(&self, frame: u64) -> u64 {
+        let (present, swapped) = self.mapped();
+        let alone = !matches!(
+            self.hindrance,
+            Some(Hindrance::Shared | Hindrance::Zero | Hindrance::Forked(_))
+        );
+        let hidden = frame == 0;
+        let absent = match self.hindrance {
+            // SWP_PTE_MARKER and what it marks; PM_GUARD_REGION.
+            Some(Hindrance::Stands(Trace::Guard)) => (31 | 4 << 5, 1 << 58),
+            Some(Hindrance::Stands(Trace::Marker)) => (31 | 1 << 5, 0),
+            Some(Hindrance::Stands(Trace::Swapped)) => (7 << 5, 0),
+            // SWP_MIGRATION_WRITE of a common configuration.
+            _ => (27 | frame << 5 & ((1 << 55) - 1), 0),
+        };
+        match (present, swapped) {
+            (true, _) => 1 << 63 | u64::from(alone) << 56 | frame,
+            (_, true) => 1 << 62 | if hidden { absent.1 } else { absent.0 | absent.1 },
+            _ => 0,
+        }
     }
 
     /// Whether it is missing for who asks now.
@@ -114,6 +158,11 @@ impl FakePage {
                 (self.node, self.hindrance) = (None, None);
                 true
             }
+            Some(Hindrance::GivesWay(trace)) => {
+                (self.node, self.hindrance) = (None, Some(Hindrance::Stands(trace)));
+                true
+            }
+            Some(Hindrance::Stands(_)) => true,
             _ => self.node.is_none(),
         }
     }

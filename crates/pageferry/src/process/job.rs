@@ -156,6 +156,7 @@ impl Job {
         let mut walk = self.work.into_walk();
         let ahead = if report.cancelled { walk.ahead() } else { 0 };
         report.processes = walk.processes;
+        walk.note_commons(tallies.iter().map(|tally| tally.common).sum());
         report.notes.extend(walk.notes);
         let slow_calls: u64 = tallies.iter().map(|tally| tally.slow_calls).sum();
         tallies.into_iter().chain([tally]).for_each(|tally| report.add(tally));

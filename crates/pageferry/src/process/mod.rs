@@ -18,11 +18,16 @@
 //! What can go wrong:
 //! - The walk does not see a page that somebody else (compaction, another mover) is migrating at the
 //!   moment of its scan: the page map shows it as swapped out. Like what is, it is in no line.
+//! - Anonymous memory that processes have in common since a fork is looked at for each of them by a
+//!   move, which finds it there already the second time; [`Where`] and dry runs count it once where
+//!   the caller may see frames, and a [`Note`] says what was done (`common`).
 //! - `move_pages(2)` takes a pid, which may be another process's by the time of the call, if this one
 //!   ended and was waited for. A pidfd tells afterwards; at worst pages of another process were
 //!   moved, which changes where they are and not what they hold.
 
+mod absent;
 mod age;
+mod common;
 mod control;
 mod cost;
 mod error;

@@ -146,6 +146,9 @@ impl<'j> Mover<'j> {
             for address in span.addresses() {
                 let told = self.status[index];
                 index += 1;
+                if span.common && told >= 0 {
+                    self.tally.common += page_bytes as u64;
+                }
                 let outcome = match u32::try_from(told) {
                     Ok(on) => match self.job.placement.decide(address, page_bytes, on) {
                         // What failed before and is there now has moved.

@@ -152,6 +152,23 @@ pub enum Note {
     /// Too many scattered pieces of shared memory to remember: what several mappings have in
     /// common is counted more than once.
     CountedTwice,
+    /// Anonymous memory that several processes map (since a fork, or merged by KSM) was counted once.
+    CommonOnce {
+        /// Bytes of further mappings of it, which were left out.
+        bytes: u64,
+    },
+    /// Anonymous memory that other processes map too was counted for each process that was looked at:
+    /// which is the same is told with `CAP_SYS_ADMIN` only, from Linux 6.7 on.
+    CommonUntold {
+        /// Bytes of it in all.
+        bytes: u64,
+    },
+    /// Anonymous memory that other processes map too was looked at, and counted, for each process; a
+    /// page of it moves once.
+    CommonMoved {
+        /// Bytes of it in all.
+        bytes: u64,
+    },
     /// Processes kept joining; the last ones were not looked at.
     StillJoining,
     /// The workers may not have the priority asked for, and ran as the caller does.
@@ -235,6 +252,23 @@ impl fmt::Display for Note {
             Self::CountedTwice => {
                 f.write_str("shared memory is counted once for each process that maps it")
             }
+            Self::CommonOnce { bytes } => write!(
+                f,
+                "anonymous memory that several processes map (since a fork, or merged by KSM) is \
+                 counted once: {bytes} bytes of further mappings were left out"
+            ),
+            Self::CommonUntold { bytes } => write!(
+                f,
+                "{bytes} bytes are anonymous memory that other processes map too (since a fork, or \
+                 merged by KSM), counted for each process that was looked at: which is the same is \
+                 told with CAP_SYS_ADMIN only, from Linux 6.7 on"
+            ),
+            Self::CommonMoved { bytes } => write!(
+                f,
+                "{bytes} bytes are anonymous memory that other processes map too (since a fork, or \
+                 merged by KSM): a page of it moves once, and is counted for each process that was \
+                 looked at"
+            ),
             Self::PriorityRefused { errno } => write!(
                 f,
                 "the workers ran at the caller's priority: {}; raising it needs CAP_SYS_NICE",
@@ -266,6 +300,9 @@ impl Note {
                 (bytes, b)
             }
             (Self::SharedLeft { bytes }, Self::SharedLeft { bytes: b })
+            | (Self::CommonOnce { bytes }, Self::CommonOnce { bytes: b })
+            | (Self::CommonUntold { bytes }, Self::CommonUntold { bytes: b })
+            | (Self::CommonMoved { bytes }, Self::CommonMoved { bytes: b })
             | (Self::NotRetried { bytes }, Self::NotRetried { bytes: b })
             | (Self::SwappedOut { bytes }, Self::SwappedOut { bytes: b })
             | (Self::MoreChanging { bytes }, Self::MoreChanging { bytes: b }) => (bytes, b),

@@ -17,6 +17,8 @@ pub(super) struct Span {
     pub(super) end: usize,
     pub(super) page_bytes: usize,
     pub(super) kind: Kind,
+    /// Anonymous, and other processes map them too, as far as that was looked at.
+    pub(super) common: bool,
     /// Index among the piece's mappings, where these are kept.
     pub(super) mapping: u32,
 }
@@ -71,8 +73,8 @@ impl Piece {
         match self.spans.last_mut() {
             Some(last)
                 if last.end == span.start
-                    && (last.page_bytes, last.kind, last.mapping)
-                        == (span.page_bytes, span.kind, span.mapping) =>
+                    && (last.page_bytes, last.kind, last.common, last.mapping)
+                        == (span.page_bytes, span.kind, span.common, span.mapping) =>
             {
                 last.end = span.end;
             }

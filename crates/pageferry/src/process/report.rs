@@ -47,7 +47,9 @@ pub struct Example {
 #[derive(Clone, Debug, Default, Serialize)]
 #[non_exhaustive]
 pub struct ProcessReport {
-    /// Every page looked at: those present in the mappings asked for.
+    /// Every page looked at: those present in the mappings asked for. Anonymous memory that processes
+    /// have in common is looked at for each of them, and moves once; a dry run looks at it once, if
+    /// the caller may see which it is ([`Note::CommonOnce`], [`Note::CommonUntold`]).
     pub lines: Vec<Line>,
     /// Some of the pages that did not move, at most four ranges for each outcome.
     pub examples: Vec<Example>,
@@ -169,6 +171,8 @@ pub(super) struct Tally {
     pub(super) notes: Notes,
     pub(super) calls: Holes,
     pub(super) retried_bytes: u64,
+    /// Bytes of anonymous memory that other processes map too.
+    pub(super) common: u64,
     /// Calls that were as small as calls get and took longer than they should.
     pub(super) slow_calls: u64,
 }

@@ -1,6 +1,7 @@
 //! A move of processes' pages: its options, its checks before a page is touched, its handle.
 
 use super::age::Age;
+use super::common::Attention;
 use super::control::Control;
 use super::error::{OptionError, ProcessError};
 use super::job::{Job, Watcher};
@@ -242,11 +243,19 @@ impl ProcessMove {
             Some(least) => {
                 let pages = kernel.idle_pages().map_err(no_idle_pages)?;
                 let (targets, filter) = (targets.clone(), self.selection.filter.clone());
-                let walk = Walk::new(Arc::clone(&kernel), targets, filter, false);
+                let none = Attention::None;
+                let walk = Walk::new(Arc::clone(&kernel), targets, filter, false, none);
                 Some(Age { pages, least, walk: Mutex::new(Some(walk)) })
             }
         };
-        let walk = Walk::new(Arc::clone(&kernel), targets, self.selection.filter, false);
+        let attention = match targets.may_be_several() {
+            false => Attention::None,
+            // Nothing moves: a page has the same frame when the next process that maps it is looked at.
+            true if self.dry_run => Attention::Once,
+            true => Attention::Told,
+        };
+        let filter = self.selection.filter;
+        let walk = Walk::new(Arc::clone(&kernel), targets, filter, false, attention);
         let most = allowed_cpus().len().clamp(1, DEFAULT_WORKERS);
         let job = Job {
             room: Room::new(Arc::clone(&kernel), &placement.nodes, self.reserve),

@@ -1,5 +1,6 @@
 //! What memory processes have, and on which nodes.
 
+use super::common::Attention;
 use super::error::TargetError;
 use super::notes::{Note, Notes};
 use super::piece::{Piece, Span};
@@ -54,12 +55,19 @@ pub struct BigMapping {
 #[non_exhaustive]
 pub struct ProcessResidency {
     /// By node, kind and page size. What several mappings have in common of files and shared
-    /// memory is counted once.
+    /// memory is counted once; so is anonymous memory that processes have in common (since a fork,
+    /// or merged by KSM) where the caller may see which it is (`CAP_SYS_ADMIN`, Linux 6.7): notes say
+    /// what was done.
     pub holdings: Vec<Holding>,
     /// Mappings with the most present memory, the largest first.
     pub top: Vec<BigMapping>,
+    /// Of the present bytes, anonymous memory that other processes, looked at or not, map too.
+    pub shared_anonymous: u64,
     /// Bytes swapped out, by kind.
     pub swapped: Vec<(Kind, u64)>,
+    /// Bytes that the page map has among the swapped ones and that are not: markers of guard regions
+    /// and userfaultfds, and pages that somebody is migrating at the moment.
+    pub markers: u64,
     /// Bytes whose node could not be told; a note says why.
     pub unknown: u64,
     /// Bytes that were there and were given back before their node was asked for. They are not
@@ -138,7 +146,8 @@ impl Where {
         let began = Instant::now();
         let mut notes = Notes::default();
         let (targets, _) = Targets::check(&*self.kernel, &self.selection, &mut notes)?;
-        let mut walk = Walk::new(Arc::clone(&self.kernel), targets, self.selection.filter, true);
+        let filter = self.selection.filter;
+        let mut walk = Walk::new(Arc::clone(&self.kernel), targets, filter, true, Attention::Once);
         let no_numa = self.kernel.may_ask() == Err(Errno(libc::ENOSYS)) && self.kernel.lacks_numa();
         if no_numa {
             notes.add(Note::NoNuma);
@@ -163,12 +172,15 @@ impl Where {
                 break;
             }
         }
+        walk.note_commons(look.common);
         notes.extend(walk.notes);
         look.top.close();
         Ok(ProcessResidency {
             holdings: look.holdings(),
             top: look.top.list,
-            swapped: walk.swapped,
+            shared_anonymous: look.common,
+            swapped: walk.absents.swapped,
+            markers: walk.absents.markers,
             unknown: look.unknown,
             gone: look.gone,
             processes: walk.processes,
@@ -186,6 +198,7 @@ struct Look {
     sums: BTreeMap<(NodeId, Kind, u64), u64>,
     unknown: u64,
     gone: u64,
+    common: u64,
     /// Everything is on node 0.
     no_numa: bool,
     top: Top,
@@ -220,6 +233,7 @@ impl Look {
                         let node = NodeId::new(node);
                         let key = (node, span.kind, span.page_bytes as u64);
                         *self.sums.entry(key).or_insert(0) += bytes;
+                        self.common += if span.common { bytes } else { 0 };
                         if let Some((vma, kind)) = mapping {
                             self.top.add(piece.process.pid, vma, *kind, node, bytes);
                         }

@@ -50,7 +50,9 @@ impl Mover<'_> {
             piece.due = self.job.kernel.now() + spacing(tries);
             for (item, _) in alike {
                 let Item { address: start, page_bytes, kind, .. } = *item;
-                piece.push(Span { start, end: start + page_bytes, page_bytes, kind, mapping: 0 });
+                // What is common was counted the first time.
+                let (end, common, mapping) = (start + page_bytes, false, 0);
+                piece.push(Span { start, end, page_bytes, kind, common, mapping });
             }
             let bytes = piece.bytes as u64;
             if self.job.work.try_later(piece).is_err() {

@@ -230,6 +230,11 @@ impl Targets {
         Ok((Self { named, pids, listed, groups, children, known, first: true }, statuses))
     }
 
+    /// Whether more than one process may be found.
+    pub(super) fn may_be_several(&self) -> bool {
+        self.named.len() + self.listed.len() > 1 || !self.groups.is_empty() || self.children
+    }
+
     /// Processes that were not found before.
     pub(super) fn find(&mut self, kernel: &dyn ProcessKernel, notes: &mut Notes) -> Vec<Found> {
         let mut pids: BTreeSet<u32> = self.pids.union(&self.listed).copied().collect();

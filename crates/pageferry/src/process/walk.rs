@@ -6,6 +6,8 @@
 //! - Pieces are disjoint, and each holds pages of one process.
 //! - Addresses ascend within a process, so that the walk ends however fast it maps new memory.
 
+use super::absent::Absents;
+use super::common::{Attention, Commons};
 use super::notes::{Note, Notes};
 use super::piece::{PIECE_PAGES, Piece, Span};
 use super::seen::Seen;
@@ -64,8 +66,9 @@ pub(super) struct Walk {
     /// What the kernel counts as resident of the processes found so far, in bytes.
     pub(super) resident: u64,
     pub(super) mappings: u64,
-    /// Bytes swapped out, by kind, where mappings are kept.
-    pub(super) swapped: Vec<(Kind, u64)>,
+    /// What is not present, where mappings are kept.
+    pub(super) absents: Absents,
+    pub(super) commons: Commons,
 }
 
 impl Walk {
@@ -74,6 +77,7 @@ impl Walk {
         targets: Targets,
         filter: Filter,
         keep_mappings: bool,
+        attention: Attention,
     ) -> Self {
         Self {
             kernel,
@@ -91,7 +95,8 @@ impl Walk {
             processes: 0,
             resident: 0,
             mappings: 0,
-            swapped: Vec::new(),
+            absents: Absents::default(),
+            commons: Commons::new(attention),
         }
     }
 
@@ -122,6 +127,22 @@ impl Walk {
         }
         let over = self.current.is_none() && self.queue.is_empty();
         if over { 0 } else { self.resident }
+    }
+
+    /// Says how so many bytes were counted that others map too.
+    pub(super) fn note_commons(&mut self, bytes: u64) {
+        let left_out = self.commons.left_out;
+        if left_out > 0 {
+            self.notes.add(Note::CommonOnce { bytes: left_out });
+        }
+        if bytes == 0 || self.processes < 2 {
+            return;
+        }
+        if self.commons.untold {
+            self.notes.add(Note::CommonUntold { bytes });
+        } else if self.commons.attention == Attention::Told {
+            self.notes.add(Note::CommonMoved { bytes });
+        }
     }
 
     /// The next piece; `None`: everything found so far has been walked over.
@@ -231,6 +252,7 @@ impl Walk {
     fn close(&mut self) {
         let Some(current) = self.current.take() else { return };
         let pid = current.process.pid;
+        self.absents.close(&*current.process.view);
         if current.process.has_ended() {
             self.notes.all(current.process.note_of_end());
         } else if current.process.has_executed() {
@@ -263,6 +285,7 @@ impl Walk {
             self.close();
         } else {
             self.notes.add(Note::Unreadable { pid, errno: errno.0 });
+            self.absents.close(&*current.process.view);
             self.current = None;
         }
     }
@@ -284,6 +307,7 @@ impl Walk {
         let (count, reached) = match told {
             Err(Errno(libc::ENOTTY)) if !self.no_scan => {
                 self.no_scan = true;
+                self.commons.cannot_tell();
                 return Ok(());
             }
             Err(Errno(libc::EAGAIN | libc::EINTR)) => return Ok(()),
@@ -294,13 +318,10 @@ impl Walk {
         for run in &self.runs[..count] {
             let is = run.categories();
             if is.contains(Categories::SWAPPED) && !is.contains(Categories::PRESENT) {
-                let bytes = run.end - run.start;
-                match self.swapped.iter_mut().find(|(kind, _)| *kind == current.kind) {
-                    Some((_, sum)) => *sum += bytes,
-                    None => self.swapped.push((current.kind, bytes)),
-                }
+                let (view, range) = (&*current.process.view, address(run.start)..address(run.end));
+                self.absents.look(view, current.kind, range)?;
             } else if !is.contains(Categories::PFN_ZERO) {
-                current.take(run, &mut self.seen);
+                current.take(run, &mut self.seen, &mut self.commons)?;
             }
         }
         current.found.reverse();
@@ -330,17 +351,19 @@ impl Current {
     }
 
     /// Takes a run over, without what other mappings of the same object had.
-    fn take(&mut self, run: &Run, seen: &mut Seen) {
-        let address = |v: u64| usize::try_from(v).unwrap_or(usize::MAX);
+    fn take(&mut self, run: &Run, seen: &mut Seen, commons: &mut Commons) -> Result<(), Errno> {
         let is_huge = run.categories().contains(Categories::HUGE);
         let page_bytes = if is_huge { self.page_bytes.max(HUGE) } else { self.page_bytes };
         // A huge page that is asked for in part is taken whole.
         let start = address(run.start) & !(page_bytes - 1);
         let end = address(run.end).next_multiple_of(page_bytes);
-        let span = Span { start, end, page_bytes, kind: self.kind, mapping: 0 };
+        let span = Span { start, end, page_bytes, kind: self.kind, common: false, mapping: 0 };
         if self.vma.inode == 0 || !run.categories().contains(Categories::FILE) {
-            self.found.push(span);
-            return;
+            if commons.attention == Attention::None {
+                self.found.push(span);
+                return Ok(());
+            }
+            return commons.part(&*self.process.view, &span, |part| self.found.push(part));
         }
         let origin = self.vma.offset.wrapping_sub(self.vma.start as u64);
         let part = origin.wrapping_add(start as u64)..origin.wrapping_add(end as u64);
@@ -348,11 +371,16 @@ impl Current {
         seen.add((self.vma.device, self.vma.inode), part, |new| {
             let start = address(new.start.wrapping_sub(origin));
             let end = address(new.end.wrapping_sub(origin));
-            let whole = start % page_bytes == 0 && end % page_bytes == 0;
+            let whole = start.is_multiple_of(page_bytes) && end.is_multiple_of(page_bytes);
             let page_bytes = if whole { page_bytes } else { page_size() };
             found.push(Span { start, end, page_bytes, ..span.clone() });
         });
+        Ok(())
     }
+}
+
+fn address(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// What `PAGEMAP_SCAN` would tell, from the entries, for kernels that do not have it. They tell

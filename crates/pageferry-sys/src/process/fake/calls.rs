@@ -175,10 +175,16 @@ impl ProcessView for FakeView {
         let process = state.living(self.pid)?;
         for (index, entry) in out.iter_mut().enumerate() {
             let address = start + index * page_size();
-            let page = page_at(process, address);
-            let (present, swapped) = page.map_or((false, false), |(page, _)| page.mapped());
-            let frame = if present && !hidden { frame_of(self.pid, address) } else { 0 };
-            *entry = Entry(u64::from(present) << 63 | u64::from(swapped) << 62 | frame);
+            let Some((page, _)) = page_at(process, address) else {
+                *entry = Entry(0);
+                continue;
+            };
+            let owner = match page.hindrance {
+                Some(Hindrance::Forked(owner)) => owner,
+                _ => self.pid,
+            };
+            let frame = if hidden { 0 } else { frame_of(owner, address) };
+            *entry = Entry(page.entry(frame));
         }
         Ok(())
     }

@@ -22,6 +22,22 @@ fn folio_start(vma: &FakeVma, address: usize) -> usize {
 }
 
 impl State {
+    /// What processes have in common with this page since a fork is where it is.
+    fn take_along(&mut self, pid: u32, address: usize, node: u32) {
+        let common = |process: &mut FakeProcess| match page_at(process, address)?.0.hindrance {
+            Some(Hindrance::Forked(owner)) => Some(owner),
+            _ => None,
+        };
+        let owner = self.processes.get_mut(&pid).and_then(|(process, _)| common(process));
+        for (process, _) in self.processes.values_mut().filter(|_| owner.is_some()) {
+            if common(process) == owner
+                && let Some((page, _)) = page_at(process, address)
+            {
+                page.node = page.node.and(Some(node));
+            }
+        }
+    }
+
     /// Moves what is queued. `Err`: what the call returns.
     fn flush(
         &mut self,
@@ -49,11 +65,15 @@ impl State {
             if free < (there * page_bytes) as u64 {
                 return Err(Err(Errno(libc::ENOMEM)));
             }
+            let forked = pages.iter().any(|p| matches!(p.hindrance, Some(Hindrance::Forked(_))));
             let from: Vec<u32> = pages
                 .iter_mut()
                 .filter(|page| page.node.is_some())
                 .filter_map(|page| page.node.replace(node))
                 .collect();
+            if forked {
+                self.take_along(pid, address, node);
+            }
             for from in from {
                 self.nodes[node as usize].0 -= page_bytes as u64;
                 self.nodes[from as usize].0 += page_bytes as u64;
@@ -99,7 +119,7 @@ impl State {
                 Some((page, _)) if page.node == Some(node) => i32::try_from(node).unwrap_or(-1),
                 Some(_) if folio.is_some_and(|folio| !queued.insert(folio)) => -libc::EBUSY,
                 Some((page, _)) => match &mut page.hindrance {
-                    Some(Hindrance::Shared) if !shared => -libc::EACCES,
+                    Some(Hindrance::Shared | Hindrance::Forked(_)) if !shared => -libc::EACCES,
                     Some(Hindrance::Unqueued(errno, times)) if *times > 0 => {
                         *times -= 1;
                         -*errno
