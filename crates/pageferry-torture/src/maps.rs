@@ -25,6 +25,13 @@ pub(crate) fn all(text: &str) -> Vec<Range<usize>> {
     text.lines().filter_map(range).collect()
 }
 
+/// Whether no mapping reaches over an end of a range: registered, it would have a border there, over
+/// which the program's `mremap` fails.
+pub(crate) fn is_whole(text: &str, range: &Range<usize>) -> bool {
+    let cuts = |at: usize| all(text).iter().any(|mapping| mapping.start < at && at < mapping.end);
+    !cuts(range.start) && !cuts(range.end)
+}
+
 /// What is left of `whole` without any of `parts`.
 pub(crate) fn without(whole: Range<usize>, parts: &[Range<usize>]) -> Vec<Range<usize>> {
     let mut left = vec![whole];
@@ -59,6 +66,17 @@ mod tests {
             assert_eq!(movable(line), None, "{line}");
         }
         assert_eq!(all("1000-3000 r--p 0 0 0\n5000-6000 rw-s 0"), [0x1000..0x3000, 0x5000..0x6000]);
+    }
+
+    #[test]
+    fn a_range_whose_ends_lie_within_mappings_is_not_whole() {
+        let text = "1000-3000 rw-p 0 0 0\n3000-5000 rw-p 0 0 0\n8000-9000 rw-p 0 0 0";
+        for whole in [0x1000..0x3000, 0x1000..0x5000, 0x5000..0x8000, 0x5000..0xa000] {
+            assert!(is_whole(text, &whole), "{whole:x?}");
+        }
+        for cut in [0x2000..0x5000, 0x1000..0x4000, 0x7000..0x8800] {
+            assert!(!is_whole(text, &cut), "{cut:x?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The thread that moves what it finds, back to back, in every way there is.
 
-use crate::maps::{all, movable, without};
+use crate::maps::{all, is_whole, movable, without};
 use crate::own::{self, Moving, Recorded};
 use crate::tally::Tally;
 use pageferry::topology::NodeId;
@@ -11,8 +11,8 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 const MAPS: &str = "/proc/self/maps";
-/// Bytes of a region at most: a look at the mappings comes soon enough.
-const REGION: usize = 64 << 20;
+/// Bytes of a move at most: a look at the mappings comes soon enough.
+const MOST: usize = 64 << 20;
 /// Regions at once, and moves until the mappings are read again.
 const REGIONS: usize = 4;
 const MOVES: usize = 12;
@@ -97,7 +97,6 @@ fn round(
     let mut regions: Vec<Region> = Vec::new();
     while regions.len() < REGIONS && !found.is_empty() {
         let range = found.swap_remove(random.below(found.len()));
-        let range = window(range, random);
         let start = std::ptr::with_exposed_provenance_mut(range.start);
         // SAFETY: it was private anonymous memory when the mappings were read, and is the
         // program's; what becomes of it later is up to the program, and reported. It is no stack
@@ -113,27 +112,25 @@ fn round(
     }
     for _ in 0..MOVES {
         let region = &regions[random.below(regions.len())];
+        // The program maps what it likes, also next to what was adopted, where it becomes a part of
+        // the same mapping.
+        let Ok(text) = read_to_string(MAPS) else { break };
+        if !is_whole(&text, &region.addresses()) {
+            break;
+        }
         let Some(_moving) = Moving::begin(seen) else { break };
         one(engine, region, node, tally, random);
     }
     true
 }
 
-/// All of a range, or a part that is not too large.
-fn window(range: Range<usize>, random: &mut Random) -> Range<usize> {
-    if range.len() <= REGION {
-        return range;
-    }
-    let start = range.start + random.below((range.len() - REGION) / 4096) * 4096;
-    start..start + REGION
-}
-
 fn one(engine: &Engine, region: &Region, node: NodeId, tally: &Tally, random: &mut Random) {
     let mut part = region.to(node);
-    if random.below(3) == 0 {
+    if region.len() > MOST || random.below(3) == 0 {
         let pages = region.len() / 4096;
         let first = random.below(pages);
-        part = part.range(first * 4096..(first + 1 + random.below(pages - first)) * 4096);
+        let count = 1 + random.below((pages - first).min(MOST / 4096));
+        part = part.range(first * 4096..(first + count) * 4096);
     }
     let budget = Duration::from_micros(10 << random.below(11));
     let mut wish = engine.migrate(part).even_if_there().stall_budget(budget);
