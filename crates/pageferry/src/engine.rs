@@ -289,6 +289,8 @@ impl EngineBuilder {
             policy: Policy::new(),
             forks: ForkGate::new(),
             move_keeps_protection: AtomicBool::new(false),
+            copy_replaces_guards: AtomicBool::new(false),
+            guards: AtomicBool::new(false),
         });
         probe::what_move_does(&ctx)?;
         // Opens its file now, so that no move does.
