@@ -166,17 +166,22 @@ extern "C" fn users_handler(signal: i32, info: *mut libc::siginfo_t, context: *m
     }
 }
 
+/// Installs [`users_handler`], before ours.
+fn install_users_handler() {
+    // SAFETY: installs a handler of the right kind.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = users_handler as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO;
+        assert_eq!(libc::sigaction(SIGSEGV, &action, ptr::null_mut()), 0);
+    }
+}
+
 #[test]
 fn the_handler_that_was_there_before_still_gets_its_faults() {
     const NAME: &str = "the_handler_that_was_there_before_still_gets_its_faults";
     if is_child(NAME) {
-        // SAFETY: installs a handler of the right kind.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = users_handler as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO;
-            assert_eq!(libc::sigaction(SIGSEGV, &action, ptr::null_mut()), 0);
-        }
+        install_users_handler();
         let dst = Pages::new(PAGE);
         // SAFETY: the destination is ours; the source is never mapped.
         let copied = unsafe { Kernel::MEMCPY.copy(dst.addr, PAGE, 64) };
@@ -185,6 +190,42 @@ fn the_handler_that_was_there_before_still_gets_its_faults() {
         // SAFETY: reads an address that is never mapped; the handler skips it. rcx makes the
         // instruction 3 bytes long.
         unsafe { std::arch::asm!("mov rcx, [rcx]", inout("rcx") 4096_usize => _) };
+        assert_eq!(SEEN.load(Ordering::Relaxed), PAGE + SIGSEGV as usize);
+        return;
+    }
+    let output = in_child(NAME);
+    assert!(output.status.success(), "{output:?}");
+}
+
+/// In a library that was loaded at run time a thread-local may have to be allocated when it is first
+/// used, which must not happen in a signal handler. Here none can be used at all.
+#[test]
+fn a_fault_on_a_thread_without_thread_locals_reaches_the_handler_that_was_there() {
+    const NAME: &str =
+        "a_fault_on_a_thread_without_thread_locals_reaches_the_handler_that_was_there";
+    /// arch/x86/include/uapi/asm/prctl.h.
+    const ARCH_SET_FS: libc::c_long = 0x1002;
+    if is_child(NAME) {
+        install_users_handler();
+        assert!(recovers_from_faults());
+        // Thread-locals of a program lie below the thread pointer (variant II in ELF Handling For
+        // Thread-Local Storage, 3.4.6); what the C library keeps, above.
+        let pages = Pages::new(2 * PAGE);
+        pages.protect(0, PAGE, PROT_NONE);
+        // SAFETY: with the pointer set aside only system calls are made and the handlers run, until
+        // it is back; no other handler can, since all other signals are blocked. The instruction of
+        // 3 bytes reads an address that is never mapped, and is skipped by the handler.
+        unsafe {
+            let mut others: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut others);
+            libc::sigdelset(&raw mut others, SIGSEGV);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const others, ptr::null_mut());
+            let own: usize;
+            std::arch::asm!("mov {}, fs:0", out(reg) own);
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_FS, pages.addr + PAGE);
+            std::arch::asm!("mov rcx, [rcx]", inout("rcx") 4096_usize => _);
+            libc::syscall(libc::SYS_arch_prctl, ARCH_SET_FS, own);
+        }
         assert_eq!(SEEN.load(Ordering::Relaxed), PAGE + SIGSEGV as usize);
         return;
     }

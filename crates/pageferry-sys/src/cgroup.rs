@@ -1,10 +1,13 @@
 //! How much memory this process's control group may still take.
 //!
 //! A memory cgroup at its limit answers a page fault with its OOM killer, not with an error, so
-//! whoever wants to take memory that it could do without asks here first.
+//! whoever wants to take memory that it could do without asks here first. One that is beyond
+//! `memory.high` makes whoever takes memory sleep for up to 2 s inside the call, a mover with a hole
+//! open included: it counts as a limit, too. (The soft limit of v1 makes nobody sleep.)
 //!
-//! Source: `Documentation/admin-guide/cgroup-v2.rst` (memory.max, memory.current, memory.stat),
-//! `Documentation/admin-guide/cgroup-v1/memory.rst`.
+//! Source: `Documentation/admin-guide/cgroup-v2.rst` (memory.max, memory.high, memory.current,
+//! memory.stat), `Documentation/admin-guide/cgroup-v1/memory.rst`; `try_charge_memcg`, which looks at
+//! the `high` of every level, and `MEMCG_MAX_HIGH_DELAY_JIFFIES` in `mm/memcontrol.c`.
 
 use crate::sched;
 use std::fs::File;
@@ -44,8 +47,8 @@ impl Headroom {
         Self { own, mount, file: None, said: Vec::new(), groups: Vec::new(), text }
     }
 
-    /// Bytes that the tightest limit above this process leaves, page cache that can be dropped
-    /// counted as free. `None`: no limit, or none that can be read.
+    /// Bytes that the tightest limit above this process leaves (`memory.high` is one, too), page
+    /// cache that can be dropped counted as free. `None`: no limit, or none that can be read.
     pub fn look(&mut self) -> Option<u64> {
         if self.file.is_none() {
             self.file = Some(aside(File::open(&self.own).ok()?));
@@ -87,6 +90,8 @@ impl Headroom {
 #[derive(Debug)]
 struct Group {
     limit: File,
+    /// Where there is such a thing: from where on it is throttled.
+    high: Option<File>,
     used: File,
     stat: Option<File>,
     /// The line of `stat` that tells of page cache.
@@ -101,12 +106,19 @@ impl Group {
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
         };
         let open = |name: &str| File::open(group.join(name)).ok().map(aside);
-        Some(Self { limit: open(limit)?, used: open(used)?, stat: open("memory.stat"), cache })
+        let high = if v2 { open("memory.high") } else { None };
+        let (limit, used) = (open(limit)?, open(used)?);
+        Some(Self { limit, high, used, stat: open("memory.stat"), cache })
     }
 
     /// `None`: it has no limit.
     fn room(&self, text: &mut Vec<u8>) -> io::Result<Option<u64>> {
-        let Some(limit) = number(read(&self.limit, text)?) else { return Ok(None) };
+        let mut limit = number(read(&self.limit, text)?);
+        if let Some(high) = &self.high {
+            let high = number(read(high, text)?);
+            limit = limit.into_iter().chain(high).min();
+        }
+        let Some(limit) = limit else { return Ok(None) };
         let Some(used) = number(read(&self.used, text)?) else { return Ok(None) };
         let stat = match &self.stat {
             Some(stat) => read(stat, text)?,
@@ -187,6 +199,18 @@ mod tests {
             write("memory.usage_in_bytes", format!("{used}\n"));
             write("memory.stat", format!("x 1\ntotal_inactive_file {cache}\n"));
         }
+        /// A group of the other version: `limit` and `high` as the kernel writes them.
+        fn group_v2(&self, group: &str, limit: &str, high: Option<&str>, used: u64, cache: u64) {
+            let at = self.0.join(group);
+            fs::create_dir_all(&at).expect("temporary folder");
+            let write = |name, text: String| fs::write(at.join(name), text).expect("write");
+            fs::write(self.0.join("cgroup.procs"), "").expect("write");
+            write("memory.max", format!("{limit}\n"));
+            high.into_iter().for_each(|high| write("memory.high", format!("{high}\n")));
+            write("memory.current", format!("{used}\n"));
+            write("memory.stat", format!("anon 1\ninactive_file {cache}\n"));
+            fs::write(self.0.join("own"), format!("0::/{group}\n")).expect("write");
+        }
         fn is_in(&self, group: &str) {
             let text = format!("2:cpu,cpuacct:/a/b\n3:memory:/{group}\n");
             fs::write(self.0.join("own"), text).expect("write");
@@ -214,6 +238,43 @@ mod tests {
         assert_eq!(headroom.look(), Some(700));
         fs::write(tree.0.join("memory/a/b/memory.limit_in_bytes"), "max\n").expect("write");
         assert_eq!(headroom.look(), Some(850));
+    }
+
+    #[test]
+    fn where_a_group_is_throttled_counts_as_its_limit_at_each_level() {
+        let tree = Tree::new("high");
+        tree.group_v2("a", "max", Some("2000"), 1000, 0);
+        tree.group_v2("a/b", "1000", Some("max"), 400, 100);
+        let mut headroom = tree.headroom();
+        assert_eq!(headroom.look(), Some(700), "the limit is the tightest");
+        tree.group_v2("a/b", "1000", Some("800"), 400, 100);
+        assert_eq!(headroom.look(), Some(500), "high, which is below the limit");
+        tree.group_v2("a", "max", Some("1100"), 1000, 0);
+        tree.group_v2("a/b", "max", Some("800"), 400, 100);
+        assert_eq!(headroom.look(), Some(100), "high of the level above");
+        tree.group_v2("a", "max", Some("900"), 1000, 0);
+        tree.group_v2("a/b", "max", Some("max"), 400, 100);
+        assert_eq!(headroom.look(), Some(0), "beyond high");
+        tree.group_v2("a", "max", Some("max"), 1000, 0);
+        tree.group_v2("a/b", "max", Some("max"), 400, 100);
+        assert_eq!(headroom.look(), None, "no limit at all");
+    }
+
+    #[test]
+    fn a_group_without_high_has_its_limit() {
+        let tree = Tree::new("nohigh");
+        tree.group_v2("a", "1000", None, 400, 0);
+        assert_eq!(tree.headroom().look(), Some(600));
+    }
+
+    #[test]
+    fn the_soft_limit_of_the_first_version_is_none() {
+        let tree = Tree::new("soft");
+        tree.group("a/b", 1000, 400, 0);
+        fs::write(tree.0.join("memory/a/b/memory.soft_limit_in_bytes"), "500\n").expect("write");
+        fs::write(tree.0.join("memory/a/b/memory.high"), "500\n").expect("write");
+        tree.is_in("a/b");
+        assert_eq!(tree.headroom().look(), Some(600));
     }
 
     #[test]

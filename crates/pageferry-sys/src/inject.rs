@@ -1,5 +1,6 @@
 //! Fault injection: a [`Sys`] that fails chosen calls. A test part; nothing else uses it.
 
+use crate::in_use::InUse;
 use crate::maps::Maps;
 use crate::mm::Advice;
 use crate::pagemap::{Categories, Pagemap, Run};
@@ -170,6 +171,10 @@ impl Sys for Faulty {
     fn mappings(&self, maps: &Maps, range: Range<usize>) -> Result<Vec<Range<usize>>, Errno> {
         self.plain(SysOp::Mappings)?;
         Linux.mappings(maps, range)
+    }
+    fn in_use(&self, maps: &Maps) -> Result<Vec<InUse>, Errno> {
+        self.plain(SysOp::InUse)?;
+        Linux.in_use(maps)
     }
     fn prefer_node(&self, start: usize, len: usize, node: u32) -> Result<(), Errno> {
         self.plain(SysOp::PreferNode)?;

@@ -17,6 +17,7 @@ pub mod cgroup;
 mod errno;
 pub mod fork;
 pub mod idle;
+pub mod in_use;
 pub mod inject;
 pub mod maps;
 pub mod mm;

@@ -23,6 +23,8 @@ pub enum Advice {
     DontDump,
     /// `MADV_POPULATE_WRITE` (5.14): fault all pages in, writable, their content unchanged.
     PopulateWrite,
+    /// `MADV_GUARD_INSTALL` (6.13): drops the pages, and an access raises SIGSEGV.
+    GuardInstall,
 }
 
 impl Advice {
@@ -35,10 +37,14 @@ impl Advice {
             Self::DontFork => libc::MADV_DONTFORK,
             Self::DontDump => libc::MADV_DONTDUMP,
             Self::PopulateWrite => libc::MADV_POPULATE_WRITE,
+            Self::GuardInstall => MADV_GUARD_INSTALL,
         }
     }
 }
 
+/// `MADV_GUARD_INSTALL`, include/uapi/asm-generic/mman-common.h; the libc crate lacks it for some
+/// targets.
+const MADV_GUARD_INSTALL: i32 = 102;
 /// `MPOL_PREFERRED`, include/uapi/linux/mempolicy.h.
 const MPOL_PREFERRED: i32 = 1;
 /// `MPOL_DEFAULT`.

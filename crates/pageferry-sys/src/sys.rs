@@ -1,6 +1,7 @@
 //! The seam: every call that a migration makes, as one trait.
 
 use crate::Errno;
+use crate::in_use::{self, InUse};
 use crate::maps::Maps;
 use crate::mm::{self, Advice};
 use crate::pagemap::{Categories, Pagemap, Run};
@@ -28,6 +29,7 @@ pub enum SysOp {
     Advise(Advice),
     IsRegistered,
     Mappings,
+    InUse,
     PreferNode,
     PageNodes,
     InCore,
@@ -126,6 +128,10 @@ pub trait Sys: Send + Sync + std::fmt::Debug {
     /// The mappings that overlap a range, whole (`PROCMAP_QUERY`).
     fn mappings(&self, maps: &Maps, range: Range<usize>) -> Result<Vec<Range<usize>>, Errno> {
         maps.within(range)
+    }
+    /// What of this process's memory is no data, as far as it can be seen ([`in_use`]).
+    fn in_use(&self, maps: &Maps) -> Result<Vec<InUse>, Errno> {
+        in_use::look(maps)
     }
     /// `mbind(2)` with `MPOL_PREFERRED`.
     fn prefer_node(&self, start: usize, len: usize, node: u32) -> Result<(), Errno> {

@@ -6,6 +6,8 @@
 //! What always holds: while a thread is being created nothing moves, and what was read of the
 //! mappings before is out of date afterwards. So no stack is ever taken for data.
 
+use pageferry_sys::in_use::{InUse, UsedBy};
+use pageferry_sys::maps::Maps;
 use pageferry_sys::{Errno, Linux, Sys};
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
@@ -89,6 +91,12 @@ impl Sys for Recorded {
         let start = Linux.map(len, align)?;
         add(start..start + len);
         Ok(start)
+    }
+    /// The program's heap is data here: engine and library have an allocator of their own.
+    fn in_use(&self, maps: &Maps) -> Result<Vec<InUse>, Errno> {
+        let mut found = Linux.in_use(maps)?;
+        found.retain(|used| used.by != UsedBy::Heap);
+        Ok(found)
     }
 }
 

@@ -12,7 +12,7 @@ use pageferry_sys::pagemap::{Entry, Pagemap};
 use pageferry_sys::uffd::{Progress, Uffd};
 use pageferry_sys::{Errno, page_size};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Shared by the engine's threads.
 ///
@@ -43,6 +43,11 @@ pub(crate) struct Context {
     pub(crate) forks: crate::quiesce::ForkGate,
     /// This kernel keeps a page's write protection across `UFFDIO_MOVE` (found by trying it).
     pub(crate) move_keeps_protection: AtomicBool,
+    /// Here `UFFDIO_COPY` replaces guard markers (found by trying it; until Linux 6.18). `UFFDIO_MOVE`
+    /// never does.
+    pub(crate) copy_replaces_guards: AtomicBool,
+    /// A guard marker was seen in managed memory: the program makes use of them.
+    pub(crate) guards: AtomicBool,
 }
 
 impl Quiesce for Context {
@@ -55,6 +60,18 @@ impl Quiesce for Context {
 }
 
 impl Context {
+    /// Whether pages may go in by `UFFDIO_COPY`. Where that would replace the markers that a program
+    /// installs meanwhile, not once the program is known to use such.
+    pub(crate) fn kernel_may_copy(&self) -> bool {
+        // Relaxed: nothing else is published by it.
+        !(self.copy_replaces_guards.load(Ordering::Relaxed) && self.guards.load(Ordering::Relaxed))
+    }
+
+    /// A guard marker was seen.
+    pub(crate) fn note_guard(&self) {
+        self.guards.store(true, Ordering::Relaxed);
+    }
+
     /// `UFFDIO_MOVE`, its result put right.
     ///
     /// From Linux 6.18 on (`move_pages` in mm/userfaultfd.c, since pages are moved in batches) the

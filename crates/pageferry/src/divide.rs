@@ -239,6 +239,7 @@ impl Running<'_> {
         // The kernel allocates its copies as the mapping's policy says, if that has one.
         let obeys = self.job.one_node || !self.job.own_policy;
         let kernel_copy = segment.size == FolioSize::Base
+            && self.job.ctx.kernel_may_copy()
             && match self.job.frames {
                 Frames::KernelCopy => obeys,
                 Frames::Fresh => false,

@@ -289,6 +289,8 @@ impl EngineBuilder {
             policy: Policy::new(),
             forks: ForkGate::new(),
             move_keeps_protection: AtomicBool::new(false),
+            copy_replaces_guards: AtomicBool::new(false),
+            guards: AtomicBool::new(false),
         });
         probe::what_move_does(&ctx)?;
         // Opens its file now, so that no move does.
@@ -453,15 +455,28 @@ impl Engine {
     /// Manages memory that is there already: private, anonymous, writable.
     ///
     /// # Errors
-    /// [`RegionError`]: not aligned, empty, managed already, or a heap or stack in use.
+    /// [`RegionError`]: not aligned, empty, managed already, or in use otherwise
+    /// ([`RegionError::OwnMemory`], [`RegionError::InUse`]), as far as that can be seen at this moment:
+    /// the control blocks of the process's threads, what `brk(2)` gave and what `malloc(3)` gives now,
+    /// the main thread's stack and the caller's.
     ///
     /// # Safety
     /// The range stays mapped, and private anonymous memory, until the region is dropped, but for
     /// parts that the program unmaps or replaces knowing that a move may then report them as
     /// [`Gone`](crate::Outcome::Gone). No other userfaultfd watches it. With [`References::Never`], the
     /// promise that is told there is kept. No thread that moves pages (by [`Move::run`], or one of the
-    /// engine's own) needs it to go on: it holds no stack, and nothing that the program's global
-    /// allocator gives out. If a [`RegionAlloc`](crate::RegionAlloc) is made over it, the
+    /// engine's own) needs it to go on: it holds no stack of theirs, nothing that the program's global
+    /// allocator gives out, and nothing that the C library's `malloc` does, which the C library itself
+    /// uses (glibc has the table of thread-locals of loaded modules there, which every access to
+    /// a thread-local of a shared object may read).
+    ///
+    /// Nor does it hold, while it moves, what the kernel writes to where it cannot wait for a page; the
+    /// write is lost then, and nothing tells: a thread's control block (the C library's `struct
+    /// pthread`, at the top of the thread's stack, with its list of robust mutexes and the word cleared
+    /// at its end), a mutex that is robust (`pthread_mutexattr_setrobust(3)`) or has priority
+    /// inheritance, and what `set_robust_list(2)` and `set_tid_address(2)` were given.
+    ///
+    /// If a [`RegionAlloc`](crate::RegionAlloc) is made over it, the
     /// program uses it for nothing else.
     pub unsafe fn adopt(
         &self,

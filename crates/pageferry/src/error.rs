@@ -2,6 +2,7 @@
 //! the input, the reason and the remedy.
 
 use pageferry_sys::Errno;
+use pageferry_sys::in_use::UsedBy;
 use pageferry_topology::{NodeError, ReadError};
 use std::any::Any;
 use std::ops::Range;
@@ -82,8 +83,22 @@ pub enum RegionError {
          itself: adopt memory that was mapped for data"
     )]
     OwnMemory(Range<usize>),
+    /// Memory to adopt is (in part) no data: the kernel, or the C library, uses it where it cannot
+    /// wait.
+    #[error("{range:#x?} holds {} at {at:#x}, {}", user(*by), remedy(*by))]
+    InUse {
+        /// What was to be adopted.
+        range: Range<usize>,
+        /// The first address of it that is in use.
+        at: usize,
+        /// By whom.
+        by: UsedBy,
+    },
     /// The kernel refused.
-    #[error("{what} failed: {source}; free memory or address space (ulimit -v, overcommit)")]
+    #[error(
+        "{what} failed: {source}; free memory, address space or descriptors (ulimit -v, ulimit -n, \
+         overcommit)"
+    )]
     Kernel {
         /// What was asked for.
         what: &'static str,
@@ -100,6 +115,29 @@ pub enum RegionError {
         /// The region's length.
         len: usize,
     },
+}
+
+fn user(by: UsedBy) -> String {
+    match by {
+        UsedBy::Thread(id) => format!("the control block of thread {id}"),
+        UsedBy::Stack => "the main thread's stack".to_owned(),
+        UsedBy::Heap => "the C library's heap".to_owned(),
+        other => format!("what {other:?} uses"),
+    }
+}
+
+fn remedy(by: UsedBy) -> &'static str {
+    match by {
+        UsedBy::Thread(_) => {
+            "to which the kernel writes when the thread ends, and cannot wait for a page: adopt no \
+             thread's stack (give threads other memory: pthread_attr_setstack(3))"
+        }
+        UsedBy::Stack => "on which a move may have to run: adopt memory that was mapped for data",
+        _ => {
+            "which a move may need itself: adopt memory that was mapped for data (mmap(2)), not what \
+             malloc gave"
+        }
+    }
 }
 
 /// Why a move could not begin. No page has been touched.

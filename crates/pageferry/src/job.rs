@@ -38,7 +38,8 @@ pub enum Frames {
     /// As `Fresh`, but base pages are allocated and copied by the kernel (`UFFDIO_COPY`), which
     /// saves zeroing them first. Frozen order. Huge folios as with `Fresh`; so, on several nodes,
     /// is memory that has or may have a policy of its own (`prefer`, adopted memory), which would
-    /// decide where the kernel allocates.
+    /// decide where the kernel allocates; and so, up to Linux 6.18, is everything once the engine has
+    /// seen a guard marker (`MADV_GUARD_INSTALL`) in managed memory, which such a copy may replace.
     KernelCopy,
 }
 

@@ -98,6 +98,7 @@ pub use {
 };
 
 pub use pageferry_copy as copy;
+pub use pageferry_sys::in_use::UsedBy;
 pub use pageferry_sys::uffd::Rights;
 pub use pageferry_topology as topology;
 

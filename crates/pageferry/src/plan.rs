@@ -345,6 +345,9 @@ impl Planner {
         is: Categories,
         tally: &mut Tally,
     ) {
+        if is.contains(Categories::GUARD) {
+            ctx.note_guard();
+        }
         // The zero page is nobody's, and a guard marker no page.
         if is.intersects(Categories::PFN_ZERO | Categories::GUARD) {
             return tally.outcome(run, Outcome::NotPresent);

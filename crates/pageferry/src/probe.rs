@@ -18,13 +18,20 @@ pub(crate) fn best_kernel(workers: &Arc<WorkerPool>) -> Result<Kernel, BuildErro
 }
 
 /// Moves one protected page, to see that this kernel can, and whether the page's protection goes
-/// with it. (Until Linux 7.0 it does not; a later fix, sent to stable kernels too, keeps it.)
+/// with it. (Until Linux 7.0 it does not; a later fix, sent to stable kernels too, keeps it.) Then
+/// copies it to where a guard marker stands. (`mfill_atomic_install_pte` in mm/userfaultfd.c takes any
+/// marker for nothing; since `pte_is_uffd_marker`, after 6.18, only the userfaultfd's own ones.)
 pub(crate) fn what_move_does(ctx: &Context) -> Result<(), BuildError> {
     let page = page_size();
     let resource = |source| BuildError::Resource { what: "two pages to try UFFDIO_MOVE", source };
     let start = ctx.sys.map(2 * page, page).map_err(resource)?;
     what_scan_tells(ctx, start, page)?;
     let tried = try_move(ctx, start, page);
+    if tried.is_ok() {
+        // The page is the second of the two now.
+        let replaces = replaces_guards(ctx, start, start + page, page);
+        ctx.copy_replaces_guards.store(replaces, Ordering::Relaxed);
+    }
     // Nobody reads events yet, and unmapping what is registered would wait for that.
     let registered = ctx.sys.unregister(&ctx.uffd, start, 2 * page);
     if let Err(errno) = registered
@@ -82,4 +89,25 @@ fn try_move(ctx: &Context, start: usize, page: usize) -> Result<bool, Errno> {
         }
     }
     Err(Errno(libc::EAGAIN))
+}
+
+/// Whether `UFFDIO_COPY` replaces a guard marker, tried at `dst`, where nothing is.
+fn replaces_guards(ctx: &Context, dst: usize, src: usize, page: usize) -> bool {
+    // SAFETY: a page of the caller's own, which is empty.
+    match unsafe { ctx.sys.advise(dst, page, Advice::GuardInstall) } {
+        // A kernel without such markers (before 6.13).
+        Err(Errno(libc::EINVAL)) => return false,
+        Err(_) => return true,
+        Ok(()) => {}
+    }
+    for _ in 0..64 {
+        // SAFETY: both pages are the caller's own.
+        let copied = unsafe { ctx.sys.copy_in(&ctx.uffd, dst, src, page) };
+        match copied.error {
+            Some(Errno(libc::EEXIST)) => return false,
+            Some(Errno(libc::EAGAIN)) => std::thread::yield_now(),
+            _ => return true,
+        }
+    }
+    true
 }

@@ -8,7 +8,7 @@ use crate::alloc::HeapLock;
 use crate::engine::Engine;
 use crate::error::RegionError;
 use crate::request::Part;
-use crate::units::{FolioSize, HUGE};
+use crate::units::{FolioSize, HUGE, overlap};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Run};
 use pageferry_sys::{Errno, page_size};
@@ -199,6 +199,14 @@ impl Region {
         }
         if engine.inner.is_used_by_movers(&(start..end)) {
             return Err(RegionError::OwnMemory(start..end));
+        }
+        let ctx = &engine.inner.ctx;
+        let what = "looking for what the process's threads use";
+        let in_use = ctx.sys.in_use(&ctx.maps);
+        let in_use = in_use.map_err(|source| RegionError::Kernel { what, source })?;
+        if let Some(used) = in_use.iter().find(|used| overlap(&used.addresses, &(start..end))) {
+            let (range, at) = (start..end, used.addresses.start.max(start));
+            return Err(RegionError::InUse { range, at, by: used.by });
         }
         let region = Self {
             engine,

@@ -11,14 +11,13 @@
 //!   that was installed before ours, with the mask it asked for, or ends the process as it
 //!   would have without us.
 //! - The handler allocates nothing, takes no lock and touches, besides its arguments, only
-//!   atomics and one constant-initialised thread-local word.
+//!   atomics, and the stack of a call that is [recorded](super::records). No thread-local.
 //!
 //! # What can go wrong
 //! A program that installs its own handler later and does not call the previous one takes the
 //! protection away: a fault in a copy is then that handler's to deal with.
 
 use std::{
-    cell::Cell,
     io,
     mem::MaybeUninit,
     ptr,
@@ -30,27 +29,11 @@ use std::{
 
 use libc::{SIGBUS, SIGSEGV, c_int, c_void, sigaction, siginfo_t, ucontext_t};
 
-use super::x86_64;
-
-thread_local! {
-    /// The stack pointer of this thread's call to `memcpy` through our wrapper; 0 outside one.
-    static MEMCPY: Cell<usize> = const { Cell::new(0) };
-}
-
-/// How far below the recorded stack pointer `memcpy` itself can be: its return address and
-/// what little it may push. A signal handler that interrupted it is further away, because the
-/// kernel skips the red zone of 128 bytes and then writes a frame of more than a KiB
-/// (`struct rt_sigframe` with the FPU state): its own faults are not ours.
-const MEMCPY_STACK: usize = 512;
+use super::{records, x86_64};
 
 /// What was installed before us, by signal; written before our handlers are installed.
 static PREVIOUS: [OnceLock<sigaction>; 2] = [OnceLock::new(), OnceLock::new()];
 static HAS_AVX: AtomicBool = AtomicBool::new(false);
-
-/// The word in which the wrapper around `memcpy` leaves its stack pointer.
-pub(super) fn record() -> *mut usize {
-    MEMCPY.with(Cell::as_ptr)
-}
 
 /// Installs the handlers, once for the process. False if the system refused: then a fault
 /// during a copy ends the process, as it would without us.
@@ -115,14 +98,9 @@ fn recover(signal: c_int, info: &siginfo_t, context: &mut ucontext_t) -> bool {
     let landing = match x86_64::landing(rip) {
         Some(landing) => landing,
         None => {
-            let top = MEMCPY.with(Cell::get);
-            if top == 0 || rsp > top || top - rsp > MEMCPY_STACK {
+            let Some(top) = records::called_from(rsp, addr, x86_64::back_from_memcpy()) else {
                 return false;
-            }
-            // The stack itself ran out: not a fault of the copy.
-            if addr < top && top - addr <= 2 * MEMCPY_STACK {
-                return false;
-            }
+            };
             registers[libc::REG_RSP as usize] = top as i64;
             x86_64::landing_memcpy(HAS_AVX.load(Ordering::Relaxed))
         }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 #[cfg(target_arch = "x86_64")]
 use super::{
-    guard,
+    guard, records,
     x86_64::{self, CopyFn, Outcome},
 };
 use crate::engine::CopyError;
@@ -167,10 +167,11 @@ impl Kernel {
         let nt: CopyFn = match (self.family, self.prefetch) {
             (KernelFamily::Memcpy, prefetch) => {
                 let memcpy = libc::memcpy as *const () as usize;
-                let record = guard::record();
-                return in_blocks(prefetch, dst, src, len, next, |dst, src, len| {
-                    // SAFETY: the caller's promise; the record is this thread's.
-                    unsafe { x86_64::pageferry_copy_memcpy(dst, src, len, memcpy, record) }
+                return records::with_own(|record| {
+                    in_blocks(prefetch, dst, src, len, next, |dst, src, len| {
+                        // SAFETY: the caller's promise; the record is this thread's.
+                        unsafe { x86_64::pageferry_copy_memcpy(dst, src, len, memcpy, record) }
+                    })
                 });
             }
             (KernelFamily::RepMovsb, prefetch) => {

@@ -38,6 +38,8 @@ pub mod calibrate;
 mod guard;
 pub mod kernel;
 pub mod pool;
+#[cfg(target_arch = "x86_64")]
+mod records;
 mod rest;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

@@ -13,9 +13,10 @@
 //! - Non-temporal stores are weakly ordered (Intel SDM vol. 1, 10.4.6.2): the kernels do not
 //!   fence, [`fence`] does, once for a group of copies.
 //!
-//! `pageferry_copy_memcpy` is no leaf. It writes its stack pointer to a record that the guard
-//! finds by thread; its landing pad restores the callee-saved registers from there. It assumes
-//! that no shadow stack is in force, as is so for every Rust program today.
+//! `pageferry_copy_memcpy` is no leaf. It writes its stack pointer to a [record](super::records),
+//! which the guard finds by the stack that the fault happened on: there lies the record's address,
+//! and below it where `memcpy` returns to. The landing pad restores the callee-saved registers from
+//! there. It assumes that no shadow stack is in force, as is so for every Rust program today.
 
 use std::arch::{asm, global_asm};
 
@@ -37,6 +38,7 @@ unsafe extern "C" {
     static pageferry_copy_text: u8;
     static pageferry_copy_text_avx: u8;
     static pageferry_copy_text_end: u8;
+    static pageferry_copy_called: u8;
     static pageferry_copy_landing: u8;
     static pageferry_copy_landing_avx: u8;
     static pageferry_copy_landing_memcpy: u8;
@@ -83,6 +85,11 @@ pub(super) fn landing(rip: usize) -> Option<usize> {
     } else {
         None
     }
+}
+
+/// Where `memcpy` returns to, called by the wrapper.
+pub(super) fn back_from_memcpy() -> usize {
+    (&raw const pageferry_copy_called).addr()
 }
 
 /// The landing pad for a fault inside `memcpy`, which may have used AVX where there is AVX.
@@ -346,6 +353,7 @@ pageferry_begin pageferry_copy_memcpy
     .cfi_adjust_cfa_offset 8
     mov [r8], rsp
     call rcx
+pageferry_mark pageferry_copy_called
     xor eax, eax
     jmp pageferry_copy_landing_memcpy
 // The guard has set rax, rdx, and rsp to what the record says.

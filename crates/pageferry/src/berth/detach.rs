@@ -97,7 +97,10 @@ impl Berth<'_> {
                     continue;
                 }
                 libc::EINVAL => Outcome::Busy(Busy::Mapping),
-                libc::EFAULT => Outcome::Busy(Busy::Guarded),
+                libc::EFAULT => {
+                    self.ctx.note_guard();
+                    Outcome::Busy(Busy::Guarded)
+                }
                 // Something is in the slot: the program has locked all its memory, and so
                 // populated it. Another extent may be empty.
                 libc::EEXIST => {

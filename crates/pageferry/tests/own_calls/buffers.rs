@@ -237,8 +237,9 @@ fn own_number(word: &AtomicU32) {
     word.store(u32::try_from(own).expect("positive"), Ordering::Relaxed);
 }
 
-/// The thread's list of robust mutexes is at `at` (its head: next, offset, pending), one entry
-/// behind that, and the mutex, which it holds, 8 bytes into the entry: include/uapi/linux/futex.h.
+/// A list of robust mutexes at `at` (its head: next, offset, pending), one entry behind that, and the
+/// mutex, which the thread holds, 8 bytes into the entry: include/uapi/linux/futex.h. The kernel is
+/// told last of all: memory that has such a list cannot be adopted.
 fn hold_a_robust_mutex(at: usize) {
     // SAFETY: the spot's own memory.
     unsafe {
@@ -249,7 +250,6 @@ fn hold_a_robust_mutex(at: usize) {
         head.add(8).write(at);
         own_number(AtomicU32::from_ptr(head.add(9).cast()));
     }
-    assert_eq!(sys!(libc::SYS_set_robust_list, at, 24), 0);
 }
 
 fn mutex(s: &Spot) -> &'static AtomicU32 {
@@ -476,7 +476,10 @@ pub(crate) const LENT: &[Call] = &[
     // The kernel cannot wait at a thread's end, and lets the mutex be.
     Call::new("set_robust_list, and the thread's end", differs(let_it_die_unnoticed), |_| unpark())
         .protected(differs(let_it_die_unnoticed))
-        .prepared(|s| park(s, hold_a_robust_mutex, |_| 0))
+        .prepared(|s| {
+            let tell = |at| sys!(libc::SYS_set_robust_list, at, 24usize);
+            park(s, hold_a_robust_mutex, tell);
+        })
         .then(owner_died)
         .blind()
         .once(),

@@ -426,7 +426,8 @@ pub(crate) const ADVICE: &[Call] = &[
     }),
     Call::ever("madvise WIPEONFORK", |s| advise(s, libc::MADV_WIPEONFORK)),
     Call::ever("madvise DONTDUMP", |s| advise(s, libc::MADV_DONTDUMP)),
-    // Beside moves the kernel may copy, and its copy replaces a marker: the old content comes back.
+    // Beside moves the kernel may copy, and its copy replaces a marker that is installed meanwhile, if
+    // none was seen before: the old content comes back.
     Call::ever("madvise GUARD_INSTALL", |s| advise(s, MADV_GUARD_INSTALL)).once(),
     // No event tells of it: the old content comes back.
     Call::new("madvise GUARD_INSTALL and REMOVE", differs(guard_undone), |s| {
