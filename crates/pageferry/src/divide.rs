@@ -374,6 +374,8 @@ impl Running<'_> {
                 self.engine_broken.store(true, Ordering::Relaxed);
             }
             tally.lap(Phase::Copy);
+            // It may have been the only one when it began.
+            berth.set_nested(!air.is_empty());
             self.land(&mut berth, choice, launched.detach, &mut tally);
             free.push(berth);
         }
