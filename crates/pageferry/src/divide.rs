@@ -236,6 +236,11 @@ impl Running<'_> {
         order: Order,
         tally: &mut Tally,
     ) -> Begun {
+        // Handlers of signals run here, where this thread has nothing that anybody waits for: no
+        // hole, and no huge folio under copy, whose writers wait, too.
+        if !berth.is_nested() {
+            pageferry_sys::thread::hear();
+        }
         // The kernel allocates its copies as the mapping's policy says, if that has one.
         let obeys = self.job.one_node || !self.job.own_policy;
         let kernel_copy = segment.size == FolioSize::Base
@@ -379,6 +384,8 @@ impl Running<'_> {
                 self.engine_broken.store(true, Ordering::Relaxed);
             }
             tally.lap(Phase::Copy);
+            // It may have been the only one when it began.
+            berth.set_nested(!air.is_empty());
             self.land(&mut berth, choice, launched.detach, &mut tally);
             free.push(berth);
         }

@@ -3,13 +3,13 @@
 //! A fork between detach and attach would give the child a hole where the parent has data. So
 //! everyone who opens a hole holds the [`ForkGate`] while it is open, and a fork closes it. The
 //! forking thread waits for the holes under way, no longer: once it waits, no new hole opens but
-//! for a thread that has one open already.
+//! for a thread that has one open already. A huge folio under copy counts as a hole, because its
+//! writers wait: one of them may be a signal handler that interrupts the fork.
 //!
 //! The child inherits the gate closed and no thread that could open it: an engine does nothing in
 //! a child (see [`crate::Engine`]).
 
 use crate::sync::{AtomicUsize, Condvar, Mutex, Ordering};
-use pageferry_sys::thread;
 use std::marker::PhantomData;
 
 /// A fork waits for the gate, or has it; the bits below count the holds.
@@ -31,11 +31,7 @@ impl ForkGate {
     }
 
     /// Holds off forks until dropped; waits for one that waits or is under way.
-    ///
-    /// Where a fork may come, so may a signal handler that waits for a page or forks: this thread
-    /// has nothing that the holes of others need to close. Here they run.
     pub(crate) fn hold(&self) -> Held<'_> {
-        thread::hear();
         self.enter(|state| state & CLOSING != 0)
     }
 
@@ -70,7 +66,7 @@ impl ForkGate {
     /// holes lets them all close.
     pub(crate) fn wanted(&self) -> bool {
         // Relaxed: a hint; `close` does the work.
-        self.state.load(Ordering::Relaxed) & CLOSING != 0 || thread::is_called()
+        self.state.load(Ordering::Relaxed) & CLOSING != 0 || pageferry_sys::thread::is_called()
     }
 
     /// Waits until no hole is open, and keeps new ones from opening.

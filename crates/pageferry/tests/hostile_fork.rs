@@ -4,9 +4,11 @@
 mod support;
 
 use allocator_api2::alloc::Allocator;
-use pageferry::copy::Kernel;
+use pageferry::copy::model::{Behaviour, ModelEngine};
+use pageferry::copy::{Capabilities, CopyBatch, CopyEngine, Kernel, SubmitError};
 use pageferry::{Busy, Engine, Folios, MigrateError, Order, Outcome, Region, RegionAlloc};
-use pageferry_sys::page_size;
+use pageferry_sys::inject::{Fault, Faulty};
+use pageferry_sys::{Errno, SysOp, page_size};
 use std::alloc::Layout;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -14,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use support::siege::{Mover, StopOnDrop, Watchdog, account, alone};
-use support::{Racers, check, engine, fill, nodes, thinned, value, word};
+use support::{Racers, build, check, engine, fill, nodes, thinned, value, word};
 
 /// A forked child that runs `what` and exits with what it returns; a child that hangs is killed
 /// by SIGALRM.
@@ -413,4 +415,66 @@ fn programs_are_started_during_moves() {
         assert!(mover.finish().bytes(Outcome::Moved) > 0);
         racers.finish();
     }
+}
+
+/// A slow copy engine that has the test fork when it gets its second batch.
+#[derive(Debug)]
+struct SecondForks {
+    model: ModelEngine,
+    batches: AtomicU64,
+    fork: AtomicBool,
+}
+
+impl CopyEngine for SecondForks {
+    fn name(&self) -> &str {
+        "forks"
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.model.capabilities()
+    }
+    unsafe fn submit(&self, batch: &Arc<CopyBatch>) -> Result<(), SubmitError> {
+        if self.batches.fetch_add(1, Ordering::Relaxed) == 1 {
+            self.fork.store(true, Ordering::Relaxed);
+            // Until the fork waits, with some luck.
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        // SAFETY: the same promise.
+        unsafe { self.model.submit(batch) }
+    }
+    fn cancel(&self, batch: &CopyBatch) {
+        self.model.cancel(batch);
+    }
+}
+
+/// A conductor has batches of both orders in the air: one live, whose hole has yet to open when it
+/// lands, and one frozen, whose hole is open.
+#[test]
+fn a_fork_waits_for_a_conductor_that_must_open_a_hole_before_it_can_close_another() {
+    let _alone = alone();
+    let faulty = Arc::new(Faulty::new());
+    let Some(engine) = build(Engine::builder().sys(faulty.clone())) else { return };
+    let _watchdog = Watchdog::new("a fork beside both orders");
+    let region = region(&engine, 64 * page_size(), Folios::Base);
+    let model = ModelEngine::threaded(Behaviour::Slow(Duration::from_millis(60)));
+    let model = model.expect("a thread");
+    let forks = SecondForks { model, batches: AtomicU64::new(0), fork: AtomicBool::new(false) };
+    let forks = Arc::new(forks);
+    // The second batch cannot be protected, and so goes on in frozen order.
+    let (op, errno) = (SysOp::Protect, Errno(libc::EINVAL));
+    faulty.fail(Fault { op, after: 1, times: 1, errno, partial: 0 });
+    let (_, to) = nodes(&engine);
+    let report = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !forks.fork.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(wait(fork(|| 0)), 0);
+        });
+        let moving = engine.migrate(region.to(to)).even_if_there().order(Order::Live);
+        let report = moving.batch_bytes(16 * page_size()).engine(forks.clone()).run();
+        forks.fork.store(true, Ordering::Relaxed);
+        report.expect("a move")
+    });
+    assert!(report.batches_live > 0 && report.batches_frozen == 1, "{report}");
+    check(&region, 0..region.len());
 }

@@ -2,15 +2,16 @@
 
 mod support;
 
-use pageferry::{Engine, Folios};
+use pageferry::{Division, Engine, Folios, Order};
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Wake, Waker};
 use std::thread::Thread;
-use support::siege::{Watchdog, alone};
-use support::{build, check, engine, fill, first_node};
+use std::time::Duration;
+use support::siege::{StopOnDrop, Watchdog, alone};
+use support::{build, check, engine, fill, first_node, thinned};
 
 /// Those of signal(7) that a thread causes itself, and those that nobody can block.
 const OPEN: [i32; 8] = [
@@ -147,6 +148,93 @@ fn handlers_that_read_the_region_or_fork_run_while_it_moves_on_the_thread_that_r
             engine.migrate(part).even_if_there().run().expect("a move");
         }
         every(0);
+    }
+    check(&region, 0..region.len());
+}
+
+/// A write to each huge page that changes nothing.
+extern "C" fn write_region(_: i32) {
+    for at in (0..LEN.load(Ordering::Relaxed)).step_by(pageferry::HUGE) {
+        let word = std::ptr::with_exposed_provenance_mut(ADDR.load(Ordering::Relaxed) + at);
+        // SAFETY: the test's region, there until nobody sends signals any more.
+        let word = unsafe { AtomicU64::from_ptr(word) };
+        // (Adding zero is compiled to a read.)
+        word.store(word.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+    HEARD.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Sends a signal whose handler writes the region to the thread that calls this, again and again, as
+/// long as `body` runs.
+fn signalled(name: &str, body: impl FnOnce()) {
+    // SAFETY: a handler of the right kind; zero is a valid action otherwise.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = write_region as *const () as usize;
+        action.sa_flags = libc::SA_RESTART;
+        libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut());
+    }
+    // SAFETY: no preconditions.
+    let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+    let stop = AtomicBool::new(false);
+    let before = HEARD.load(Ordering::Relaxed);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                // SAFETY: a thread of this process, which waits for this one.
+                unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR1) };
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        let _stop = StopOnDrop(&stop);
+        body();
+    });
+    assert!(HEARD.load(Ordering::Relaxed) > before, "{name}: no handler ran");
+}
+
+/// A writer of a huge folio under a live copy waits until that is in place: it must not be the thread
+/// that puts it there, nor one that this thread waits for because it forks.
+#[test]
+fn handlers_write_huge_folios_that_are_copied_live_by_the_thread_they_interrupt_or_during_a_fork() {
+    let _alone = alone();
+    let Some(engine) = engine() else { return };
+    let _watchdog = Watchdog::new("signal handlers that write");
+    let region = engine.map(16 << 20).folios(Folios::Huge).build().expect("memory for the test");
+    fill(&region, 0..region.len());
+    ADDR.store(region.addr(), Ordering::Relaxed);
+    LEN.store(region.len(), Ordering::Relaxed);
+    let go = |division| {
+        let part = region.to(first_node(&engine));
+        let moving = engine.migrate(part).even_if_there().order(Order::Live).division(division);
+        moving.run().expect("a move")
+    };
+    for division in [Division::Shared, Division::Conducted] {
+        signalled("a mover", || {
+            for _ in thinned(0..60) {
+                go(division);
+            }
+        });
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    go(division);
+                }
+            });
+            let _stop = StopOnDrop(&stop);
+            signalled("a thread that forks", || {
+                for _ in thinned(0..150) {
+                    // SAFETY: the child ends at once; the parent waits for it.
+                    let child = unsafe { libc::fork() };
+                    if child == 0 {
+                        // SAFETY: ends the child without running what belongs to the parent.
+                        unsafe { libc::_exit(0) };
+                    }
+                    // SAFETY: our child, whose status is not asked for.
+                    while unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) } != child {}
+                }
+            });
+        });
     }
     check(&region, 0..region.len());
 }

@@ -18,6 +18,10 @@ use std::time::Instant;
 impl Berth<'_> {
     /// Step 2, live: from when this returns, a write is noticed.
     pub(crate) fn protect(&mut self) -> Result<(), Errno> {
+        // Writers of a huge folio under copy wait, as at a hole.
+        if self.seg().size == FolioSize::Huge {
+            self.hold_forks(self.nested);
+        }
         let mut tries = 0;
         loop {
             let range = &self.seg().range;
@@ -37,11 +41,7 @@ impl Berth<'_> {
         if !nested {
             self.turn.offer();
         }
-        // A page out of its place and a fork must not meet.
-        if self.fork_hold.is_none() {
-            let forks = &self.ctx.forks;
-            self.fork_hold = Some(if nested { forks.hold_again() } else { forks.hold() });
-        }
+        self.hold_forks(nested);
         let flight = self.flight.as_ref().expect("opened before detach");
         let hole = self.addr(piece.start)..self.addr(piece.end);
         let given_up = self.ctx.flights.widen(flight, hole);

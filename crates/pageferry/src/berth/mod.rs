@@ -359,6 +359,15 @@ impl<'c> Berth<'c> {
         }
     }
 
+    /// From now on until the piece is attached no process is forked. A page out of its place and a
+    /// fork must not meet.
+    fn hold_forks(&mut self, nested: bool) {
+        if self.fork_hold.is_none() {
+            let forks = &self.ctx.forks;
+            self.fork_hold = Some(if nested { forks.hold_again() } else { forks.hold() });
+        }
+    }
+
     /// Takes the segment back, before anything was done with it.
     pub(crate) fn unload(&mut self) -> Option<Segment> {
         self.pages = 0;
