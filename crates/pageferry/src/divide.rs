@@ -354,8 +354,7 @@ impl Running<'_> {
                             .pop()
                             .unwrap_or_else(|| Berth::new(&self.job.ctx, self.job.cpu.kernel()));
                         let choice = self.choose(segment.size, copiers);
-                        let holding = air.iter().any(|(b, ..)| b.order() == Order::Frozen);
-                        berth.set_nested(!air.is_empty(), holding);
+                        berth.set_others(air.iter().map(|(other, ..)| other));
                         match self.launch(&mut berth, segment, choice, &mut tally) {
                             Ok(launched) => air.push_back((berth, choice, launched)),
                             Err(no_room) => {
@@ -385,7 +384,7 @@ impl Running<'_> {
             }
             tally.lap(Phase::Copy);
             // It may have been the only one when it began.
-            berth.set_nested(!air.is_empty());
+            berth.set_others(air.iter().map(|(other, ..)| other));
             self.land(&mut berth, choice, launched.detach, &mut tally);
             free.push(berth);
         }

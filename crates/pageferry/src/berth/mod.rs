@@ -106,8 +106,8 @@ pub(crate) enum Reserved {
     Ready { rest: Option<Segment> },
     /// It has its outcome.
     Refused,
-    /// No frame is at rest, and this thread has holes open: whoever waits there would wait for the
-    /// kernel to find memory, too.
+    /// No frame is at rest, and somebody may wait for another batch of this thread, and would wait for
+    /// the kernel to find memory, too.
     Full(Segment),
 }
 
@@ -157,7 +157,7 @@ pub(crate) struct Berth<'c> {
     starved: bool,
     /// This thread has other flights open.
     nested: bool,
-    /// And holes with them.
+    /// Somebody may wait for one of them.
     holding: bool,
     /// When to offer the CPU to others before the next hole, and how often.
     turn: Turn,
@@ -234,10 +234,18 @@ impl<'c> Berth<'c> {
         let fits = |e: &Extent| e.frames() > 0 && !e.lost && e.node == node && e.size == size;
         self.frames.as_ref().is_some_and(fits)
     }
-    /// Whether this thread has other flights open, and whether with holes.
-    pub(crate) fn set_nested(&mut self, nested: bool, holding: bool) {
-        self.nested = nested;
-        self.holding = holding;
+    /// Tells which other batches this thread has in the air.
+    pub(crate) fn set_others<'o>(&mut self, mut others: impl Iterator<Item = &'o Self>)
+    where
+        'c: 'o,
+    {
+        let first = others.next();
+        self.nested = first.is_some();
+        self.holding = first.into_iter().chain(others).any(Self::keeps_waiting);
+    }
+    /// Whether somebody may wait for this batch: at its hole, or to write to a huge folio under copy.
+    fn keeps_waiting(&self) -> bool {
+        self.order == Order::Frozen || self.size() == FolioSize::Huge
     }
     pub(crate) fn is_nested(&self) -> bool {
         self.nested
