@@ -56,6 +56,7 @@ fn a_smoke_run_verifies_every_move_and_writes_json_and_a_page() {
         "sequential",
         "move",
         "move_default",
+        "move_unpromised",
         "exchange",
         "exchange_sequential",
         "one_way",
@@ -79,6 +80,7 @@ fn a_smoke_run_verifies_every_move_and_writes_json_and_a_page() {
     for ratio in [
         "move_4k_over_roofline",
         "move_4k_over_sequential",
+        "unpromised_4k_over_roofline",
         "one_way_4k_over_sequential",
         "exchange_4k_over_sequential",
         "exchange_4k_over_roofline",

@@ -151,7 +151,10 @@ fn frames_that_another_region_left_at_rest_make_room() {
         move_about(&engine, region, Order::Frozen);
         let before = allocated();
         move_about(&engine, region, Order::Frozen);
-        assert_eq!(allocated() - before, 0, "frames were at rest");
+        // Without room it would be every batch: six moves of four. Some may find the frames of
+        // others not yet given back, and the housekeeper adds to them at its own time.
+        let times = allocated() - before;
+        assert!(times < 12, "{times} allocations though frames were at rest");
         let held = engine.stats().frame_bytes;
         assert!(held > 0 && held <= BUDGET, "{held} bytes at rest");
     }

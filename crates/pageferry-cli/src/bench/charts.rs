@@ -13,9 +13,10 @@ const MOST_BARS: usize = 14;
 pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
     let roofline = figures::best(&results.runs, |run| run.scenario == "roofline");
     let reference = roofline.and_then(Run::rate).map(|rate| (rate, "the roofline"));
-    const KINDS: [(&str, usize); 8] = [
+    const KINDS: [(&str, usize); 9] = [
         ("move", 0),
         ("move_default", 2),
+        ("move_unpromised", 2),
         ("exchange", 3),
         ("one_way", 4),
         ("sequential", 6),
@@ -36,7 +37,7 @@ pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
         // The baselines and exchanges are always shown, however slow.
         let (baselines, mut others): (Vec<_>, Vec<_>) = runs.into_iter().partition(|(run, _)| {
             run.scenario.ends_with("sequential")
-                || ["exchange", "move_pages"].contains(&run.scenario.as_str())
+                || ["exchange", "move_pages", "move_unpromised"].contains(&run.scenario.as_str())
         });
         others.truncate(MOST_BARS);
         let shown = others.into_iter().chain(baselines);
@@ -54,6 +55,7 @@ pub(super) fn throughput(results: &Results, out: &mut String) -> fmt::Result {
                 let kind = match run.scenario.as_str() {
                     "move" | "one_way" => String::new(),
                     "move_default" => "default: ".to_owned(),
+                    "move_unpromised" => "default, old pages freed: ".to_owned(),
                     "move_pages" => "move_pages(2) ".to_owned(),
                     "exchange" => "exchange: ".to_owned(),
                     "exchange_sequential" => "sequential exchange: ".to_owned(),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
-use pageferry::{BuildError, Engine, EngineBuilder, FolioSize, Folios, Region};
+use pageferry::{BuildError, Engine, EngineBuilder, FolioSize, Folios, References, Region};
 use pageferry_copy::CopyEngine;
 use pageferry_topology::NodeId;
 
@@ -194,12 +194,23 @@ pub(super) struct Window {
 const BLOCK: usize = 2 << 20;
 
 impl Field {
-    /// Maps a region and fills it.
+    /// Maps a region whose old pages may be recycled, and fills it.
     pub(super) fn new(
         engine: &Engine,
         folio: FolioSize,
         bytes: usize,
         content: Content,
+    ) -> anyhow::Result<Self> {
+        Self::with_references(engine, folio, bytes, content, References::Never)
+    }
+
+    /// Maps a region and fills it.
+    pub(super) fn with_references(
+        engine: &Engine,
+        folio: FolioSize,
+        bytes: usize,
+        content: Content,
+        references: References,
     ) -> anyhow::Result<Self> {
         let nodes: Vec<NodeId> = engine.machine().memory_nodes().map(|node| node.id).collect();
         let home = nodes.first().copied().context("no node of this machine has memory")?;
@@ -207,10 +218,12 @@ impl Field {
             FolioSize::Base => Folios::Base,
             FolioSize::Huge => Folios::Huge,
         };
-        let options = engine.map(bytes).folios(folios).prefer(home);
-        // SAFETY: the region is read and written by threads of the bench alone, and no system call
-        // is given any of it.
-        let options = unsafe { options.no_references() };
+        let mut options = engine.map(bytes).folios(folios).prefer(home);
+        if references == References::Never {
+            // SAFETY: the region is read and written by threads of the bench alone, and no system
+            // call is given any of it.
+            options = unsafe { options.no_references() };
+        }
         let region = options.build().context("cannot map a region")?;
         content.fill(Words::of(&region));
         Ok(Self {

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use pageferry::{Division, FolioSize, Frames, Order};
+use pageferry::{Division, FolioSize, Frames, Order, References};
 use pageferry_copy::{Kernel, KernelFamily};
 use pageferry_sys::usage;
 
@@ -19,6 +19,8 @@ use super::schema::{Results, Run, Skipped};
 use super::stats::{self, Counted, Reading};
 
 const DIVISIONS: [Division; 2] = [Division::Conducted, Division::Shared];
+/// What part of a region's size those have that promise nothing.
+const UNPROMISED: usize = 2;
 const ORDERS: [Order; 2] = [Order::Frozen, Order::Live];
 /// Bytes of a move in which the first folio is timed: many small batches, a few large ones.
 const FIRST_FOLIO_BYTES: usize = 8 << 20;
@@ -33,11 +35,22 @@ fn fields(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<Vec<Field>> {
     sizes.map(|folio| Field::new(&lab.engine, folio, lab.plan.region, lab.content)).collect()
 }
 
+/// A smaller region for each folio size that promises nothing about references, as by default: its
+/// old pages are freed.
+fn unpromised(lab: &Lab<'_>) -> anyhow::Result<Vec<Field>> {
+    let bytes = lab.plan.region / UNPROMISED;
+    let field = |folio| {
+        Field::with_references(&lab.engine, folio, bytes, lab.content, References::Possible)
+    };
+    lab.folio_sizes().into_iter().map(field).collect()
+}
+
 /// The scenario `moves`.
 pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> {
     let fields = fields(lab, results)?;
     let pairs: Vec<Pair> =
         fields.iter().map(|field| Pair::new(lab, field.folio)).collect::<Result<_, _>>()?;
+    let unpromised = unpromised(lab)?;
     let buffers = Buffers::new(lab)?;
     let kernels = other_kernels(lab);
     let mut cases = copying::roofline(lab, &buffers)?;
@@ -48,13 +61,16 @@ pub(super) fn run(lab: &Lab<'_>, results: &mut Results) -> anyhow::Result<bool> 
             cases.push(case);
         }
     }
+    for field in &unpromised {
+        cases.extend(boxed(vec![Config::new("move_unpromised")], field));
+    }
     cases.extend(pairs.iter().flat_map(|pair| pair.cases(lab)));
     if !fields.first().is_some_and(Field::is_node_to_node) {
         let because = "one node: there is nowhere that the kernel could move a page to".to_owned();
         results.skipped.push(Skipped { what: "move_pages(2)".to_owned(), because });
     }
     let done = lab.interleave(Scenario::Moves, lab.plan.rounds, cases, results);
-    for field in &fields {
+    for field in fields.iter().chain(&unpromised) {
         if let Err(Trouble::Fail(why) | Trouble::Skip(why)) = field.check_all() {
             results.failures.push(format!("after all moves: {why}"));
         }

@@ -245,9 +245,10 @@ fn free() -> u64 {
     usage::available_bytes().unwrap_or(u64::MAX).min(group)
 }
 
-/// What is there at once, in regions: one for each folio size, two more of an eighth of it for the
-/// exchanges of each, two copy buffers, fresh frames of a whole move.
-const REGIONS_AT_ONCE: u64 = 6;
+/// What is there at once, in regions: one for each folio size, one of half of it for the moves
+/// without a promise and two of an eighth for the exchanges of each, two copy buffers, fresh frames
+/// of a whole move.
+const REGIONS_AT_ONCE: u64 = 7;
 
 /// Bytes that a run with regions of `region` bytes needs, with spare frames and the program.
 fn needed(region: u64) -> u64 {

@@ -97,10 +97,11 @@ fn copies(results: &Results, out: &mut String) -> fmt::Result {
 /// Copies and moves.
 fn throughput(results: &Results, out: &mut String) -> fmt::Result {
     copies(results, out)?;
-    const MOVES: [&str; 8] = [
+    const MOVES: [&str; 9] = [
         "sequential",
         "move",
         "move_default",
+        "move_unpromised",
         "exchange_sequential",
         "exchange",
         "one_way_sequential",
