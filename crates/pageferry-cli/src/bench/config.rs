@@ -254,8 +254,8 @@ pub(super) enum Extent {
     },
 }
 
-/// Bytes moved before a timed measurement of recycled frames; some batches for each CPU.
-const SETTLE: usize = 16 << 20;
+/// Bytes moved before a timed measurement of recycled frames: as many as are kept (the frame budget).
+const SETTLE: usize = 64 << 20;
 
 /// Measures a way to move memory.
 pub(super) struct MoveCase<'a> {
