@@ -7,6 +7,8 @@
 //!   last of these is gone; from then on its memory belongs to the submitter alone.
 //! - Every operation gets exactly one result. An engine that panics, forgets an operation or
 //!   reports a wrong length yields a failed operation, never a missing one.
+//! - An engine's own threads block the program's signals (`pageferry_sys::thread::spawn`): a handler that
+//!   touches a page whose copy is under way would wait for the thread that it interrupted.
 //!
 //! # How a DMA driver fits
 //! `submit` takes a ticket, writes descriptors into a ring and keeps the ticket beside them;

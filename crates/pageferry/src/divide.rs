@@ -121,7 +121,7 @@ impl Running<'_> {
     }
 
     /// The next segment to move, of at most `limit` bytes.
-    fn next(&self, limit: usize, tally: &mut Tally) -> Option<Segment> {
+    fn next(&self, limit: usize, airborne: bool, tally: &mut Tally) -> Option<Segment> {
         if self.job.is_cancelled() || self.quota.load(Ordering::Relaxed) <= 0 {
             return None;
         }
@@ -134,7 +134,10 @@ impl Running<'_> {
             });
             let mut planner = planner.unwrap_or_else(|| self.planner.lock());
             planner.try_again(tally.again.drain(..));
-            planner.next(&self.job.ctx, limit, tally)
+            if airborne && !planner.has_room() {
+                return None;
+            }
+            planner.next(&self.job.ctx, limit, airborne, tally)
         };
         let segment = segment?;
         let bytes = i64::try_from(segment.range.len()).unwrap_or(i64::MAX);
@@ -198,7 +201,7 @@ impl Running<'_> {
     fn lane(&self) {
         let mut tally = Tally::new();
         let mut berth = Berth::new(&self.job.ctx, self.job.cpu.kernel());
-        while let Some(segment) = self.next(self.limit(1), &mut tally) {
+        while let Some(segment) = self.next(self.limit(1), false, &mut tally) {
             tally.lap(Phase::Plan);
             self.one(&mut berth, segment, &mut tally);
         }
@@ -324,6 +327,10 @@ impl Running<'_> {
     }
 
     /// This thread does the page-table work, the engine copies.
+    ///
+    /// While batches are in the air it does not wait for the allocator, whose lock may be held by a
+    /// thread that waits for one of their pages (in a signal handler): what it needs is made ready
+    /// before the first of them, and where that is used up, they land first.
     fn conducted(&self) {
         let mut tally = Tally::new();
         let mut free: Vec<Berth<'_>> = Vec::with_capacity(MAX_WINDOW);
@@ -332,6 +339,14 @@ impl Running<'_> {
         // No more room until a batch has landed.
         let mut full = false;
         loop {
+            if air.is_empty() && !ended {
+                let pages = self.job.control.total / page_size() as u64;
+                tally.make_room(usize::try_from(pages).unwrap_or(usize::MAX));
+                self.planner.lock().make_room();
+                let new = || Berth::new(&self.job.ctx, self.job.cpu.kernel());
+                free = free.into_iter().map(Berth::ready).collect();
+                free.resize_with(MAX_WINDOW, || new().ready());
+            }
             let landed = air.front().is_some_and(|(b, ..)| b.is_copied());
             let forking = self.job.ctx.forks.wanted() && !air.is_empty();
             let copiers = self.engine().capabilities().max_parallel.min(self.wish.threads);
@@ -346,13 +361,22 @@ impl Running<'_> {
                 )
                 .window;
             if !landed && !forking && !ended && !full && air.len() < window {
-                match self.next(self.limit(copiers), &mut tally) {
+                let ready = free.last().is_some_and(Berth::is_ready) && tally.has_room(air.len());
+                let airborne = !air.is_empty();
+                match if ready {
+                    self.next(self.limit(copiers), airborne, &mut tally)
+                } else {
+                    None
+                } {
+                    None if airborne => full = true,
                     None => ended = true,
                     Some(segment) => {
                         tally.lap(Phase::Plan);
-                        let mut berth = free
-                            .pop()
-                            .unwrap_or_else(|| Berth::new(&self.job.ctx, self.job.cpu.kernel()));
+                        let Some(mut berth) = free.pop() else {
+                            // Not without a berth that is ready.
+                            self.give_back(segment);
+                            continue;
+                        };
                         let choice = self.choose(segment.size, copiers);
                         berth.set_others(air.iter().map(|(other, ..)| other));
                         match self.launch(&mut berth, segment, choice, &mut tally) {

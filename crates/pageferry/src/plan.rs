@@ -20,6 +20,8 @@ use std::sync::atomic::Ordering;
 const WINDOW: Range<usize> = HUGE..32 << 20;
 /// Runs that one look returns at most.
 const RUNS: usize = 512;
+/// Segments that are given back, in part or whole, until the next is wanted.
+const GIVEN_BACK: usize = 4;
 /// Tries of a look that fails for a passing reason.
 const TRIES: u32 = 16;
 
@@ -102,7 +104,8 @@ impl Planner {
                     range: 0,
                     looked,
                     window: WINDOW.start,
-                    ready: VecDeque::with_capacity(RUNS),
+                    // All pages of a block, and one that is cut.
+                    ready: VecDeque::with_capacity(RUNS.max(MAX_PAGES) + 1),
                 }
             })
             .collect();
@@ -120,11 +123,31 @@ impl Planner {
         }
     }
 
-    /// The next segment, of at most `limit` bytes (a huge folio always whole).
+    /// Room for what is given back, found and to be tried again while batches are in the air.
+    pub(crate) fn make_room(&mut self) {
+        if !self.has_room() {
+            self.returned.reserve(4 * GIVEN_BACK);
+            self.again.reserve(4 * MAX_PAGES);
+            self.swapped.reserve(RUNS);
+        }
+    }
+
+    /// Whether the next segment is found, and may be given back, without the allocator.
+    pub(crate) fn has_room(&self) -> bool {
+        let spare = |list: &VecDeque<Segment>| list.capacity() - list.len();
+        spare(&self.returned) >= GIVEN_BACK
+            && spare(&self.again) >= MAX_PAGES
+            && self.swapped.capacity() - self.swapped.len() >= RUNS
+    }
+
+    /// The next segment, of at most `limit` bytes (a huge folio always whole). With batches in the
+    /// air (`airborne`) only what is ready or found in the next block, so that no list outgrows
+    /// the room that it has; there may be more then.
     pub(crate) fn next(
         &mut self,
         ctx: &Context,
         limit: usize,
+        airborne: bool,
         tally: &mut Tally,
     ) -> Option<Segment> {
         if let Some(segment) = self.returned.pop_front() {
@@ -133,14 +156,20 @@ impl Planner {
         for _ in 0..self.cursors.len() {
             let turn = self.turn;
             self.turn = (turn + 1) % self.cursors.len();
-            self.look(ctx, turn, tally);
+            self.look(ctx, turn, airborne, tally);
             if let Some(segment) = self.cursors[turn].ready.pop_front() {
                 return Some(self.cut_ready(turn, segment, limit));
             }
         }
+        if airborne && self.cursors.iter().any(|c| c.range < c.leg.ranges.len()) {
+            return None;
+        }
         if !self.swapped.is_empty() {
+            if airborne {
+                return None;
+            }
             self.look_at_swapped(ctx, tally);
-            return self.next(ctx, limit, tally);
+            return self.next(ctx, limit, airborne, tally);
         }
         let segment = self.again.pop_front()?;
         Some(self.cut(segment, limit))
@@ -261,9 +290,10 @@ impl Planner {
         }
     }
 
-    /// Looks ahead until a segment is ready or the leg ends.
-    fn look(&mut self, ctx: &Context, turn: usize, tally: &mut Tally) {
-        while self.cursors[turn].ready.is_empty() {
+    /// Looks ahead until a segment is ready or the leg ends; with batches in the air at one block.
+    fn look(&mut self, ctx: &Context, turn: usize, airborne: bool, tally: &mut Tally) {
+        let mut looked = false;
+        while self.cursors[turn].ready.is_empty() && !(airborne && looked) {
             let cursor = &mut self.cursors[turn];
             let Some(range) = cursor.leg.ranges.get(cursor.range).cloned() else { return };
             let start = cursor.looked.max(range.start);
@@ -272,8 +302,10 @@ impl Planner {
                 cursor.looked = 0;
                 continue;
             }
+            let window = if airborne { WINDOW.start } else { cursor.window };
             // Windows end at block boundaries, so that no huge page is seen in part.
-            let end = ((start + cursor.window) & !(HUGE - 1)).min(range.end);
+            let end = ((start + window) & !(HUGE - 1)).min(range.end);
+            looked = true;
             let ended = self.look_at(ctx, turn, start..end, tally);
             let cursor = &mut self.cursors[turn];
             cursor.looked = ended;

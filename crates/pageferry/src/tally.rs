@@ -1,6 +1,8 @@
 //! What one participant of a move counts while it works: outcomes, times, holes.
 
+use crate::flight::MAX_PAGES;
 use crate::plan::Segment;
+use crate::policy::MAX_WINDOW;
 use crate::report::{Holes, Outcome, Phases};
 use pageferry_sys::sched::thread_cpu_ns;
 use std::ops::Range;
@@ -47,6 +49,8 @@ pub(crate) struct Tally {
     pub(crate) first_folio: Option<Instant>,
     /// What stayed for a reason that may pass.
     pub(crate) again: Vec<Segment>,
+    /// Pages of the move, where that was told.
+    most: usize,
     mark: Instant,
     cpu_mark: u64,
 }
@@ -65,9 +69,31 @@ impl Tally {
             live: 0,
             first_folio: None,
             again: Vec::new(),
+            most: usize::MAX,
             mark: Instant::now(),
             cpu_mark: thread_cpu_ns(),
         }
+    }
+
+    /// Room for what a conductor's batches in the air may add, and one more look of the planner, for
+    /// a move of so many pages.
+    pub(crate) fn make_room(&mut self, pages: usize) {
+        if !self.has_room(MAX_WINDOW) {
+            self.pages.reserve((2 * (MAX_WINDOW + 3) * MAX_PAGES).min(pages + 1));
+            self.again.reserve(((MAX_WINDOW + 1) * MAX_PAGES).min(pages + 1));
+        }
+        self.most = pages;
+    }
+
+    /// Whether another batch and another look of the planner, beside `batches` in the air, add
+    /// their outcomes without the allocator.
+    pub(crate) fn has_room(&self, batches: usize) -> bool {
+        // There are never more runs than pages.
+        let fits = |len: usize, room: usize, more: usize| room - len >= more || room > self.most;
+        // A batch: a run for each page; those to be tried again are no neighbours. A look: what is
+        // there and what is not, in turns.
+        fits(self.pages.len(), self.pages.capacity(), (batches + 3) * MAX_PAGES)
+            && fits(self.again.len(), self.again.capacity(), (batches + 1) * MAX_PAGES / 2)
     }
 
     /// Charges the time since the last lap to `phase`; returns the wall time of the lap.

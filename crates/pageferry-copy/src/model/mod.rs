@@ -110,10 +110,7 @@ impl ModelEngine {
     pub fn threaded(behaviour: Behaviour) -> std::io::Result<Self> {
         let mut engine = Self::polled(behaviour);
         let shared = Arc::clone(&engine.shared);
-        let thread = std::thread::Builder::new()
-            .name("pf-model".to_owned())
-            .spawn(move || shared.thread())?;
-        engine.thread = Some(thread);
+        engine.thread = Some(pageferry_sys::thread::spawn("pf-model", move || shared.thread())?);
         Ok(engine)
     }
 
@@ -123,7 +120,10 @@ impl ModelEngine {
             shared: Arc::new(Shared {
                 id: EngineId::new(),
                 behaviour,
-                state: Mutex::default(),
+                state: Mutex::new(State {
+                    jobs: VecDeque::with_capacity(QUEUE_DEPTH),
+                    ..State::default()
+                }),
                 work: Condvar::new(),
             }),
             thread: None,

@@ -192,11 +192,20 @@ impl<'c> Berth<'c> {
         }
     }
 
+    /// One that needs no allocator from now on, or is made ready again.
+    pub(crate) fn ready(mut self) -> Self {
+        self.batch();
+        self
+    }
+    pub(crate) fn is_ready(&self) -> bool {
+        self.batch.is_some()
+    }
     /// The list of copies for the engine.
     pub(crate) fn batch(&mut self) -> &Arc<CopyBatch> {
         let spare = &self.ctx.spare_batches;
         self.batch.get_or_insert_with(|| {
-            spare.lock().pop().unwrap_or_else(|| CopyBatch::with_capacity(MAX_PAGES))
+            let spare = spare.lock().pop();
+            spare.unwrap_or_else(|| CopyBatch::with_capacity(MAX_PAGES))
         })
     }
     /// Whether the engine has nothing of this berth (any more).
@@ -256,7 +265,8 @@ impl<'c> Berth<'c> {
     }
 
     /// Step 1: frames on the destination and slots for the old pages. Once it is reserved, the
-    /// segment is loaded.
+    /// segment is loaded. While other batches of this thread are in the air, it comes back if there
+    /// is no room at once.
     pub(crate) fn reserve(
         &mut self,
         mut segment: Segment,
@@ -264,11 +274,23 @@ impl<'c> Berth<'c> {
         kernel_copy: bool,
         tally: &mut Tally,
     ) -> Reserved {
+        let nested = self.nested;
+        let refuse = |segment: Segment, shortage, tally: &mut Tally| {
+            if nested {
+                // Not for the allocator, nor for who waits for it: they may wait for our holes.
+                return Reserved::Full(segment);
+            }
+            tally.outcome(segment.range, Outcome::NoFrame(shortage));
+            Reserved::Refused
+        };
         self.kernel_copy = kernel_copy;
         self.placed_otherwise = false;
         self.starved = false;
         let want = segment.range.len() / page_size();
         let from = segment.from.unwrap_or(segment.to);
+        if nested && !self.ctx.pools.are_there([from, segment.to], segment.size) {
+            return Reserved::Full(segment);
+        }
         if self
             .empties
             .as_ref()
@@ -283,28 +305,21 @@ impl<'c> Berth<'c> {
             self.retire_frames(source);
         }
         // The kernel allocates for its copies: a full cgroup would call the OOM killer.
-        if kernel_copy && !self.ctx.pools.allowed(segment.range.len() as u64) {
-            tally.outcome(segment.range, Outcome::NoFrame(Shortage::Memory));
-            return Reserved::Refused;
+        if kernel_copy && !self.ctx.pools.allowed(segment.range.len() as u64, !nested) {
+            return refuse(segment, Shortage::Memory, tally);
         }
         if self.frames.is_none() && !kernel_copy {
             let may_wait = !self.holding;
             match self.ctx.pools.take_frames(segment.to, segment.size, want, source, may_wait) {
                 Ok(Some(extent)) => self.frames = Some(extent),
                 Ok(None) => return Reserved::Full(segment),
-                Err(shortage) => {
-                    tally.outcome(segment.range, Outcome::NoFrame(shortage));
-                    return Reserved::Refused;
-                }
+                Err(shortage) => return refuse(segment, shortage, tally),
             }
         }
         if self.empties.is_none() {
             match self.ctx.pools.take_empty(from, segment.size) {
                 Ok(extent) => self.empties = Some(extent),
-                Err(shortage) => {
-                    tally.outcome(segment.range, Outcome::NoFrame(shortage));
-                    return Reserved::Refused;
-                }
+                Err(shortage) => return refuse(segment, shortage, tally),
             }
         }
         let frames = match &self.frames {
@@ -420,17 +435,20 @@ impl<'c> Berth<'c> {
             self.unprotect(&range);
         }
         if let Some(flight) = self.flight.take() {
-            // Whoever waits for a page that `mremap` took elsewhere waits there.
-            let homes: Vec<_> = match self.ctx.flights.has_detours(&flight) {
-                true => (range.clone().step_by(page_size()))
-                    .map(|addr| self.ctx.flights.home_of(&flight, addr))
-                    .filter(|home| !range.contains(home))
-                    .collect(),
-                false => Vec::new(),
-            };
+            // Whoever waits for a page that `mremap` took elsewhere waits there. (On the stack:
+            // other holes of this thread may be open.)
+            let detours = self.ctx.flights.has_detours(&flight);
+            let mut homes = [0; MAX_PAGES];
+            if detours {
+                for (home, addr) in homes.iter_mut().zip(range.clone().step_by(page_size())) {
+                    *home = self.ctx.flights.home_of(&flight, addr);
+                }
+            }
             if self.ctx.flights.close(flight) {
                 self.wake(range.clone());
-                homes.into_iter().for_each(|home| self.wake(home..home + page_size()));
+                for home in homes.into_iter().filter(|home| *home != 0 && !range.contains(home)) {
+                    self.wake(home..home + page_size());
+                }
             }
         }
         self.advance(&segment);

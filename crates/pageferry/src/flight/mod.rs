@@ -286,8 +286,22 @@ impl Flights {
         waiters
     }
 
+    /// Makes room for more notes. The allocator is not waited for while the gate or the notes are
+    /// held: whoever holds its lock may wait for the handler. (Not modelled: it changes no note.)
+    #[cfg(not(loom))]
+    fn make_room(&self) {
+        let wanted = self.notes.lock().wanted();
+        if let Some(room) = wanted {
+            let mut larger = Notes::with(room);
+            self.notes.lock().take_room(&mut larger);
+        }
+    }
+    #[cfg(loom)]
+    fn make_room(&self) {}
+
     /// A move has `range` registered from now on: what the program does to it is noted.
     pub(crate) fn watch(&self, range: Range<usize>) {
+        self.make_room();
         let _shared = self.gate.shared();
         self.notes.lock().watch(range);
     }
@@ -310,6 +324,7 @@ impl Flights {
 
     /// Nothing is mapped at `range`, or nothing of ours: no flight opens over it.
     pub(crate) fn note_unmapped(&self, range: &Range<usize>) {
+        self.make_room();
         let _shared = self.gate.shared();
         let event = self.events.fetch_add(1, R) + 1;
         self.notes.lock().leave(range, event);
@@ -319,9 +334,11 @@ impl Flights {
     /// A move over a range that it had registered ends. Returns what no other move has registered;
     /// of that, everything is forgotten.
     pub(crate) fn unwatch(&self, range: &Range<usize>) -> Vec<Range<usize>> {
+        self.make_room();
+        let mut parts = self.room_for_parts();
         let _shared = self.gate.shared();
         let mut notes = self.notes.lock();
-        let parts = notes.unwatch(range);
+        notes.unwatch(range, &mut parts);
         for part in &parts {
             notes.return_(part, usize::MAX);
         }
@@ -332,18 +349,28 @@ impl Flights {
     /// The parts of a range that no move has registered, and where no page in the air is at home,
     /// by all events that were read before this is called.
     pub(crate) fn unwatched(&self, range: Range<usize>) -> Vec<Range<usize>> {
+        let mut parts = self.room_for_parts();
         let _shared = self.gate.shared();
-        self.notes.lock().unwatched(range)
+        self.notes.lock().unwatched(range, &mut parts);
+        parts
+    }
+
+    /// For the parts of a range, also if there are some more notes by then.
+    fn room_for_parts(&self) -> Vec<Range<usize>> {
+        let most = if cfg!(loom) { 0 } else { self.notes.lock().most_parts() };
+        Vec::with_capacity(most + 64)
     }
 
     /// Where `mremap` took what was registered, as far as no open flight has a page there: to be
     /// unregistered.
     pub(crate) fn take_strays(&self) -> Vec<Range<usize>> {
+        let count = self.notes.lock().strays();
+        let mut strays = Vec::with_capacity(count);
         let _shared = self.gate.shared();
         let open = self.used().iter().filter(|flight| flight.start.load(R) != 0);
         let until = open.map(|flight| flight.since.load(R)).min().unwrap_or(usize::MAX);
         let mut notes = self.notes.lock();
-        let strays = notes.end_detours(until);
+        notes.end_detours(until, &mut strays);
         self.any_notes.store(!notes.is_empty(), R);
         strays
     }
@@ -352,9 +379,9 @@ impl Flights {
     /// after.
     pub(crate) fn look(&self) -> bool {
         let looks = self.looks.fetch_add(1, R) + 1;
+        self.make_room();
         let _shared = self.gate.shared();
         let mut notes = self.notes.lock();
-        notes.reserve();
         let held = notes.expire(looks);
         self.any_notes.store(!notes.is_empty(), R);
         held || notes.has_strays()

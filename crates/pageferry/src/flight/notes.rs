@@ -2,8 +2,9 @@
 //!
 //! The handler writes these notes when it reads an event, movers read them before they take a
 //! page. They are kept sorted, so that a look costs the same however many there are, and in
-//! vectors that the housekeeper grows ahead of need ([`Notes::reserve`]): the handler must not
-//! wait for the program's allocator, which may be held by a thread that waits for the handler.
+//! vectors that are replaced ahead of need by larger ones ([`Notes::wanted`]): neither the handler
+//! nor whoever it waits for must wait for the program's allocator, which may be held by a thread that
+//! waits for the handler. So nothing here allocates or frees as long as there is room.
 
 use super::{Bits, MAX_PAGES, WORDS, bit};
 use crate::units::{HUGE, overlap};
@@ -156,23 +157,58 @@ fn index(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
 }
 
+/// Room for notes, by kind.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room([usize; 5]);
+
+/// Puts the notes of `old` into `new`, where that is larger.
+fn exchange<T>(old: &mut Vec<T>, new: &mut Vec<T>) {
+    if new.capacity() > old.capacity() {
+        new.append(old);
+        std::mem::swap(old, new);
+    }
+}
+
 impl Notes {
     pub(super) fn with_room() -> Self {
+        Self::with(Room([ROOM; 5]))
+    }
+
+    pub(super) fn with(room: Room) -> Self {
+        let Room([left, detours, strays, quarantines, watched]) = room;
         Self {
-            left: Vec::with_capacity(ROOM),
-            detours: Vec::with_capacity(ROOM),
-            strays: Vec::with_capacity(ROOM),
-            quarantines: HashMap::with_capacity(ROOM),
-            watched: Vec::with_capacity(ROOM),
+            left: Vec::with_capacity(left),
+            detours: Vec::with_capacity(detours),
+            strays: Vec::with_capacity(strays),
+            quarantines: HashMap::with_capacity(quarantines),
+            watched: Vec::with_capacity(watched),
         }
     }
 
-    /// Makes room for as many notes as there are: called by threads that may allocate.
-    pub(super) fn reserve(&mut self) {
-        self.left.reserve(self.left.len().max(ROOM));
-        self.detours.reserve(self.detours.len().max(ROOM));
-        self.strays.reserve(self.strays.len().max(ROOM));
-        self.quarantines.reserve(self.quarantines.len().max(ROOM));
+    /// The room that there should be, if there is less than for half as many notes again.
+    pub(super) fn wanted(&self) -> Option<Room> {
+        let is = [
+            (self.left.len(), self.left.capacity()),
+            (self.detours.len(), self.detours.capacity()),
+            (self.strays.len(), self.strays.capacity()),
+            (self.quarantines.len(), self.quarantines.capacity()),
+            (self.watched.len(), self.watched.capacity()),
+        ];
+        let short = |(len, room): (usize, usize)| room - len < len.max(ROOM) / 2;
+        let wanted = |(len, room)| if short((len, room)) { 2 * len.max(ROOM) } else { 0 };
+        is.into_iter().any(short).then(|| Room(is.map(wanted)))
+    }
+
+    /// Takes the room of `other`, which has no notes; what is to be freed is left there.
+    pub(super) fn take_room(&mut self, other: &mut Self) {
+        exchange(&mut self.left, &mut other.left);
+        exchange(&mut self.detours, &mut other.detours);
+        exchange(&mut self.strays, &mut other.strays);
+        exchange(&mut self.watched, &mut other.watched);
+        if other.quarantines.capacity() > self.quarantines.capacity() {
+            other.quarantines.extend(self.quarantines.drain());
+            std::mem::swap(&mut self.quarantines, &mut other.quarantines);
+        }
     }
 
     /// Whether no page needs to be looked up here.
@@ -185,20 +221,39 @@ impl Notes {
     }
 
     /// The parts of `range` that no other move watches; this move does not watch it any more.
-    pub(super) fn unwatch(&mut self, range: &Range<usize>) -> Vec<Range<usize>> {
+    pub(super) fn unwatch(&mut self, range: &Range<usize>, parts: &mut Vec<Range<usize>>) {
         if let Some(at) = self.watched.iter().position(|w| w == range) {
             self.watched.swap_remove(at);
         }
-        self.unwatched(range.clone())
+        self.unwatched(range.clone(), parts);
+    }
+
+    /// How many parts [`Notes::unwatched`] finds at most, if no more is noted meanwhile.
+    pub(super) fn most_parts(&self) -> usize {
+        self.watched.len() + self.strays.len() + 1
     }
 
     /// The parts of a range that no move watches, and where no page in the air is at home.
-    pub(super) fn unwatched(&self, range: Range<usize>) -> Vec<Range<usize>> {
-        let mut parts = vec![range];
+    pub(super) fn unwatched(&self, range: Range<usize>, parts: &mut Vec<Range<usize>>) {
+        parts.clear();
+        parts.push(range);
         for watched in self.watched.iter().chain(self.strays.iter().map(|(_, stray)| stray)) {
-            parts = parts.into_iter().flat_map(|part| subtract(part, watched)).collect();
+            let mut at = 0;
+            while let Some(part) = parts.get(at).cloned() {
+                let mut left = subtract(part, watched);
+                match left.next() {
+                    None => drop(parts.remove(at)),
+                    Some(first) => {
+                        parts[at] = first;
+                        at += 1;
+                    }
+                }
+                if let Some(second) = left.next() {
+                    parts.insert(at, second);
+                    at += 1;
+                }
+            }
         }
-        parts
     }
 
     /// Notes that `range` has left, as event number `event` told; only what is watched.
@@ -272,17 +327,18 @@ impl Notes {
     /// order (the kernel queues an event after it has let go of the address space's lock): what is
     /// left over of the detours is followed from there, each of them once.
     pub(super) fn home_in_any_order(&self, since: usize, addr: usize) -> usize {
-        let mut left: Vec<_> = self.detours.iter().filter(|d| d.event > since).collect();
+        // Those that were followed; as many as are remembered without allocating.
+        let mut followed = [false; ROOM];
+        let later = || self.detours.iter().filter(|d| d.event > since).zip(0..ROOM);
         let mut at = addr;
-        left.retain(|d| match d.follow(at) {
-            Some(next) => {
-                at = next;
-                false
+        for (detour, i) in later() {
+            if let Some(next) = detour.follow(at) {
+                (at, followed[i]) = (next, true);
             }
-            None => true,
-        });
-        while let Some(i) = left.iter().position(|d| d.from.contains(&at)) {
-            at = left.remove(i).follow(at).unwrap_or(at);
+        }
+        while let Some((detour, i)) = later().find(|(d, i)| !followed[*i] && d.from.contains(&at)) {
+            followed[i] = true;
+            at = detour.follow(at).unwrap_or(at);
         }
         at
     }
@@ -299,18 +355,21 @@ impl Notes {
         })
     }
 
-    /// Drops the detours that no flight needs any more: those up to event `until`. Returns their
-    /// targets, which are registered still.
-    pub(super) fn end_detours(&mut self, until: usize) -> Vec<Range<usize>> {
+    /// Drops the detours that no flight needs any more: those up to event `until`. Their targets,
+    /// which are registered still, go to `ended`, as many as it has room for.
+    pub(super) fn end_detours(&mut self, until: usize, ended: &mut Vec<Range<usize>>) {
         self.detours.retain(|d| d.event > until);
-        let mut ended = Vec::new();
         self.strays.retain(|(event, range)| {
-            if *event <= until {
+            let takes = *event <= until && ended.len() < ended.capacity();
+            if takes {
                 ended.push(range.clone());
             }
-            *event > until
+            !takes
         });
-        ended
+    }
+
+    pub(super) fn strays(&self) -> usize {
+        self.strays.len()
     }
 
     pub(super) fn has_strays(&self) -> bool {
@@ -472,7 +531,9 @@ mod tests {
         notes.watch(theirs.clone());
         // One munmap over the border.
         notes.leave(&(6 * PAGE..10 * PAGE), 1);
-        for part in notes.unwatch(&ours) {
+        let mut parts = Vec::new();
+        notes.unwatch(&ours, &mut parts);
+        for part in parts {
             notes.return_(&part, usize::MAX);
         }
         assert_eq!(notes.gone(&ours, PAGE), None);
@@ -483,7 +544,9 @@ mod tests {
     fn what_nobody_watches_leaves_no_note() {
         let mut notes = Notes::default();
         notes.watch(0..8 * PAGE);
-        assert_eq!(notes.unwatch(&(0..8 * PAGE)), vec![0..8 * PAGE]);
+        let mut parts = Vec::new();
+        notes.unwatch(&(0..8 * PAGE), &mut parts);
+        assert_eq!(parts, vec![0..8 * PAGE]);
         notes.leave(&(2 * PAGE..3 * PAGE), 1);
         assert!(notes.is_empty());
     }
@@ -508,9 +571,16 @@ mod tests {
         let mut notes = Notes::default();
         notes.detour(PAGE..2 * PAGE, 20 * PAGE, 1);
         notes.detour(3 * PAGE..4 * PAGE, 30 * PAGE, 2);
-        assert_eq!(notes.end_detours(1), vec![20 * PAGE..21 * PAGE]);
+        let mut ended = Vec::with_capacity(1);
+        notes.end_detours(1, &mut ended);
+        assert_eq!(ended, vec![20 * PAGE..21 * PAGE]);
         assert!(notes.has_detours(1) && notes.has_strays());
-        assert_eq!(notes.end_detours(2), vec![30 * PAGE..31 * PAGE]);
+        // Without room they stay for the next time.
+        notes.end_detours(2, &mut ended);
+        assert!(ended.len() == 1 && notes.has_strays() && !notes.has_detours(0));
+        let mut ended = Vec::with_capacity(1);
+        notes.end_detours(2, &mut ended);
+        assert_eq!(ended, vec![30 * PAGE..31 * PAGE]);
         assert!(!notes.has_strays() && notes.is_empty());
     }
 }

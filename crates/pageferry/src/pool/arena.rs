@@ -131,7 +131,8 @@ impl Arena {
 
     /// Takes all extents that hold nothing.
     pub(super) fn take_all_empty(&self) -> Vec<Extent> {
-        let empty = std::mem::take(&mut self.state.lock().empty);
+        let room = Vec::with_capacity(self.most);
+        let empty = std::mem::replace(&mut self.state.lock().empty, room);
         empty.into_iter().map(|empty| self.extent(empty)).collect()
     }
 

@@ -34,9 +34,19 @@ pub struct PoolStats {
 
 #[derive(Debug)]
 struct Allowance {
-    headroom: cgroup::Headroom,
     until: Instant,
     bytes: u64,
+}
+
+impl Allowance {
+    fn has(&self, bytes: u64) -> bool {
+        self.bytes >= bytes && Instant::now() <= self.until
+    }
+    fn take(&mut self, bytes: u64) -> bool {
+        let has = self.has(bytes);
+        self.bytes -= if has { bytes } else { 0 };
+        has
+    }
 }
 
 #[derive(Debug)]
@@ -63,6 +73,8 @@ pub(crate) struct Pools {
     populated: AtomicBool,
     /// What the cgroup was last seen to allow, so that it need not be asked each time.
     allowance: Mutex<Allowance>,
+    /// Asked by those who have no hole open.
+    headroom: Mutex<cgroup::Headroom>,
     /// The pool that last had no frame at rest when one was wanted; the refill thread fills it.
     pub(crate) demand: Mutex<Option<(u32, FolioSize)>>,
 }
@@ -95,21 +107,19 @@ impl Pools {
         uffd: Arc<Uffd>,
         config: PoolConfig,
     ) -> Result<Self, Errno> {
+        let nodes = config.nodes.len();
         Ok(Self {
             sys,
             uffd,
             pagemap: Pagemap::open()?,
             budget: Budget::new(config.budget),
             config,
-            arenas: Mutex::default(),
+            arenas: Mutex::new(Vec::with_capacity(2 * nodes)),
             home: fork::generation(),
             lost: AtomicBool::new(false),
             populated: AtomicBool::new(false),
-            allowance: Mutex::new(Allowance {
-                headroom: cgroup::Headroom::default(),
-                until: Instant::now(),
-                bytes: 0,
-            }),
+            allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
+            headroom: Mutex::default(),
             demand: Mutex::new(None),
         })
     }
@@ -129,9 +139,7 @@ impl Pools {
     }
 
     pub(crate) fn stats(&self) -> Vec<PoolStats> {
-        let arenas = self.arenas.lock();
-        arenas
-            .iter()
+        self.each()
             .map(|a| PoolStats {
                 node: a.node,
                 folio: a.size,
@@ -140,16 +148,41 @@ impl Pools {
             .collect()
     }
 
+    /// One arena after the other; the lock is free in between, so that whoever allocates meanwhile
+    /// keeps nobody with a hole open waiting.
+    fn each(&self) -> impl Iterator<Item = Arc<Arena>> {
+        (0..).map_while(|i| self.arenas.lock().get(i).cloned())
+    }
+
+    fn find(&self, node: u32, size: FolioSize) -> Option<Arc<Arena>> {
+        self.arenas.lock().iter().find(|a| a.is_of(node, size)).cloned()
+    }
+
     fn arena(&self, node: u32, size: FolioSize) -> Result<Arc<Arena>, Shortage> {
-        let mut arenas = self.arenas.lock();
-        if let Some(arena) = arenas.iter().find(|a| a.is_of(node, size)) {
-            return Ok(Arc::clone(arena));
+        if let Some(arena) = self.find(node, size) {
+            return Ok(arena);
         }
         let most = self.config.budget / HUGE * 2 + IN_FLIGHT;
         let arena = Arc::new(Arena::new(node, size, most));
         self.grow(&arena)?;
-        arenas.push(Arc::clone(&arena));
-        Ok(arena)
+        let mut arenas = self.arenas.lock();
+        let other = arenas.iter().find(|a| a.is_of(node, size)).cloned();
+        let Some(other) = other else {
+            arenas.push(Arc::clone(&arena));
+            return Ok(arena);
+        };
+        // Somebody else was faster.
+        drop(arenas);
+        for span in arena.spans() {
+            // SAFETY: mapped above and known to nobody else.
+            let _ = unsafe { self.sys.unmap(span.start, span.len()) };
+        }
+        Ok(other)
+    }
+
+    /// Whether there are pools to reserve from without the allocator.
+    pub(crate) fn are_there(&self, nodes: [u32; 2], size: FolioSize) -> bool {
+        nodes.iter().all(|node| self.find(*node, size).is_some())
     }
 
     /// Maps more address space for an arena; false if it has all that it may have.
@@ -186,8 +219,7 @@ impl Pools {
         if !self.populated.swap(false, Ordering::Relaxed) {
             return;
         }
-        let arenas: Vec<_> = self.arenas.lock().clone();
-        for extent in arenas.iter().flat_map(|arena| arena.take_all_empty()) {
+        for extent in self.each().flat_map(|arena| arena.take_all_empty()) {
             self.free(Extent { split: true, ..extent });
         }
     }
@@ -297,7 +329,7 @@ impl Pools {
     /// Claims part of the budget; frees frames at rest in any pool if that helps.
     fn claim(&self, bytes: usize) -> Result<(), Shortage> {
         // A cgroup that is full would be served by its OOM killer, not by an error.
-        if !self.allowed(bytes as u64) {
+        if !self.allowed(bytes as u64, true) {
             return Err(Shortage::Memory);
         }
         let claimed = self.budget.claim(bytes, || self.free_one_rested(None));
@@ -315,20 +347,27 @@ impl Pools {
     }
 
     /// Whether the memory cgroup has room. That is read from a dozen files, so an answer is good
-    /// for half of the room that it found, and for a tenth of a second.
-    pub(crate) fn allowed(&self, bytes: u64) -> bool {
-        let mut allowance = self.allowance.lock();
-        if allowance.bytes < bytes || allowance.until < Instant::now() {
-            let room = allowance.headroom.look();
-            let room = room.map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
-            if room < bytes {
-                return false;
-            }
-            allowance.until = Instant::now() + Duration::from_millis(100);
-            allowance.bytes = (room / 2).max(bytes);
+    /// for half of the room that it found, and for a tenth of a second. Who may not wait (for the
+    /// allocator, or for somebody else who reads them) gets no for an answer when that is used up.
+    pub(crate) fn allowed(&self, bytes: u64, may_wait: bool) -> bool {
+        if self.allowance.lock().take(bytes) {
+            return true;
         }
-        allowance.bytes -= bytes;
-        true
+        if !may_wait {
+            return false;
+        }
+        let mut headroom = self.headroom.lock();
+        if self.allowance.lock().take(bytes) {
+            return true;
+        }
+        let room = headroom.look().map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
+        if room < bytes {
+            return false;
+        }
+        let until = Instant::now() + Duration::from_millis(100);
+        let mut allowance = self.allowance.lock();
+        *allowance = Allowance { until, bytes: (room / 2).max(bytes) };
+        allowance.take(bytes)
     }
 
     /// Pages came in without a frame going out.
@@ -345,12 +384,8 @@ impl Pools {
     /// make no use of, if one is told.
     fn free_one_rested(&self, but: Option<u64>) -> bool {
         loop {
-            let oldest = {
-                let arenas = self.arenas.lock();
-                let since = arenas.iter().filter_map(|arena| Some((arena.oldest(but)?, arena)));
-                since.min_by_key(|(since, _)| *since).map(|(_, arena)| Arc::clone(arena))
-            };
-            let Some(arena) = oldest else { return false };
+            let since = self.each().filter_map(|arena| Some((arena.oldest(but)?, arena)));
+            let Some((_, arena)) = since.min_by_key(|(since, _)| *since) else { return false };
             // Else somebody took it meanwhile.
             if let Some(extent) = arena.take_oldest_but(but) {
                 self.free(extent);
@@ -527,8 +562,7 @@ impl Pools {
     /// Frees all frames at rest; returns bytes.
     pub(crate) fn release_all(&self) -> usize {
         let before = self.extra_bytes();
-        let arenas: Vec<_> = self.arenas.lock().clone();
-        for arena in &arenas {
+        for arena in self.each() {
             while let Some(extent) = arena.take_oldest() {
                 self.free(extent);
             }
