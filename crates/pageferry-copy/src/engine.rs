@@ -8,7 +8,9 @@
 //! - Every operation gets exactly one result. An engine that panics, forgets an operation or
 //!   reports a wrong length yields a failed operation, never a missing one.
 //! - An engine's own threads block the program's signals (`pageferry_sys::thread::spawn`): a handler that
-//!   touches a page whose copy is under way would wait for the thread that it interrupted.
+//!   touches a page whose copy is under way would wait for the thread that it interrupted. And while it
+//!   has a batch it does not wait for the allocator, whose lock such a handler's thread may hold
+//!   ([`Kernel::prepare_thread`](crate::cpu::kernel::Kernel::prepare_thread)).
 //!
 //! # How a DMA driver fits
 //! `submit` takes a ticket, writes descriptors into a ring and keeps the ticket beside them;

@@ -132,6 +132,16 @@ impl Kernel {
         self.prefetch
     }
 
+    /// Makes ready what the first copy on a thread needs, so that no copy of the calling thread asks the
+    /// allocator for anything: others may wait for that copy while they hold the allocator's lock.
+    pub fn prepare_thread() {
+        #[cfg(target_arch = "x86_64")]
+        {
+            guard::install();
+            records::with_own(|_| ());
+        }
+    }
+
     /// Copies `len` bytes, which may be any number at any addresses. After it returns, a store
     /// by this thread that another thread sees means that it sees the copy too.
     ///

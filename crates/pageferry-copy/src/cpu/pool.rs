@@ -16,6 +16,7 @@
 //! - In the child of a fork there are no threads and the lock may be held for ever: there `run`
 //!   works alone, and drop joins nobody.
 
+use crate::cpu::kernel::Kernel;
 use std::{
     any::Any,
     collections::VecDeque,
@@ -318,6 +319,7 @@ impl Shared {
 
     /// The life of a pool thread.
     fn thread(&self) {
+        Kernel::prepare_thread();
         let mut state = self.lock();
         let index = state.rest.enrol();
         while !state.stop {

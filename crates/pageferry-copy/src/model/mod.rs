@@ -224,6 +224,7 @@ impl Shared {
     }
 
     fn thread(&self) {
+        Kernel::prepare_thread();
         loop {
             let mut state = self.lock();
             while state.jobs.is_empty() && !state.stop {

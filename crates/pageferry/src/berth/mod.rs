@@ -164,7 +164,9 @@ pub(crate) struct Berth<'c> {
 }
 
 impl<'c> Berth<'c> {
+    /// For a thread without a hole open: the allocator is needed.
     pub(crate) fn new(ctx: &'c Context, kernel: Kernel) -> Self {
+        Kernel::prepare_thread();
         Self {
             ctx,
             kernel,
@@ -581,8 +583,9 @@ impl Drop for Berth<'_> {
         if left.is_some_and(|b| !(0..ENGINE_NAPS).any(|_| b.wait_timeout(NAP))) {
             self.abandon();
         }
-        let mut tally = Tally::new();
-        self.close(&mut tally);
+        if self.segment.is_some() {
+            self.close(&mut Tally::new());
+        }
         self.retire(Source::Fresh);
         self.ctx.spare_batches.lock().extend(self.batch.take());
     }
