@@ -58,14 +58,18 @@ pub(crate) fn test(fast: bool) -> Stages {
     stages
 }
 
-/// Moves and exchanges under verifying readers and writers for `seconds`.
+/// Moves and exchanges under verifying readers and writers, and with everything else that a program
+/// may do at once, for `seconds` together.
 pub(crate) fn soak(seconds: u64) -> Stages {
     let mut stages = Stages::default();
-    stages.run("Soak", || {
-        let mut test = cargo(["test", "--release", "-p", "pageferry", "--test", "soak"]);
-        test.args(["--", "--nocapture"]).env("PAGEFERRY_SOAK_SECONDS", seconds.to_string());
-        finish(&mut test)
-    });
+    let half = seconds.div_ceil(2);
+    for (name, test, seconds) in [("Soak", "soak", half), ("Stress", "stress", half)] {
+        stages.run(name, || {
+            let mut run = cargo(["test", "--release", "-p", "pageferry", "--test", test]);
+            run.args(["--", "--nocapture"]).env("PAGEFERRY_SOAK_SECONDS", seconds.to_string());
+            finish(&mut run)
+        });
+    }
     stages
 }
 

@@ -209,6 +209,11 @@ pub struct Model {
 }
 
 impl Model {
+    /// Of these bytes of a region, which hold round 0 ([`super::fill`]).
+    pub fn new(region: Arc<Region>, victim: Range<usize>) -> Self {
+        let rounds = vec![Some(0); victim.len() / page_size()];
+        Self { region, victim, rounds, seed: 0x2545_F491_4F6C_DD1D }
+    }
     pub fn words(&self, page: usize) -> Range<usize> {
         let first = (self.victim.start + page * page_size()) / 8;
         first..first + page_size() / 8
@@ -301,13 +306,7 @@ pub fn siege(
     let around = [0..victim.start, victim.end..len];
     let racers = Racers::start_on(&region, &around, 1, 1);
     let mover = Mover::start(engine, &region, order);
-    let pages = victim.len() / page_size();
-    let mut model = Model {
-        region: Arc::clone(&region),
-        victim,
-        rounds: vec![Some(0); pages],
-        seed: 0x2545_F491_4F6C_DD1D,
-    };
+    let mut model = Model::new(Arc::clone(&region), victim);
     let began = Instant::now();
     let enough = Duration::from_millis(500);
     // Disturbed often, on a machine that is slow: the first page that moves may come late.
