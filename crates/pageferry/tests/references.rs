@@ -138,6 +138,11 @@ fn frames_that_another_region_left_at_rest_make_room() {
     let builder = Engine::builder().frame_budget(BUDGET).frame_grace(GRACE);
     let builder = builder.idle_release(Duration::from_secs(3600)).sys(counting.clone());
     let Some(engine) = support::build(builder) else { return };
+    if engine.machine().memory_nodes().count() > 1 {
+        // Old pages are frames of the node that they were on: of another one than they are moved to,
+        // or of the same, as the CPU was that touched them first.
+        return eprintln!("skipped: several nodes, and frames at rest on each of them");
+    }
     let regions = [(); 2].map(|()| {
         let region = promised(engine.map(BUDGET).folios(Folios::Base)).build().expect("memory");
         fill(&region, 0..region.len());
