@@ -14,7 +14,7 @@ use crate::report::{Division, Order, Report};
 use crate::sync::Mutex;
 use crate::tally::{Phase, Tally};
 use crate::units::FolioSize;
-use pageferry_copy::{CopyBatch, CopyEngine};
+use pageferry_copy::{Completion, CopyBatch, CopyEngine};
 use pageferry_sys::affinity::usable_cpus;
 use pageferry_sys::mm::Advice;
 use pageferry_sys::page_size;
@@ -24,9 +24,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Naps after which an engine that has not finished a batch never will (10 s); the pages go back
-/// where they were. Counted, not timed: while the process is stopped nobody naps, and an engine may
-/// be stopped, too.
+/// Naps of [`NAP`] after which an engine that has not finished a batch never will (10 s); the pages go
+/// back where they were. Shorter ones count for as long as they took, and none for more: while the
+/// process is stopped nobody naps, and an engine may be stopped, too.
 pub(crate) const ENGINE_NAPS: u32 = 2000;
 /// From this stall budget on, a batch for which no frame is at rest is allocated and copied by the
 /// kernel: 1 us a page, where zeroing fresh frames and copying takes 2 us; but all of it in the
@@ -37,6 +37,8 @@ const KERNEL_COPY_BUDGET: Duration = Duration::from_millis(1);
 const ALONE: u64 = 256 << 10;
 /// Waiting for a copy sleeps this long at most before it looks again.
 pub(crate) const NAP: Duration = Duration::from_millis(5);
+/// And this long at least, however often the engine would like to be polled.
+const MIN_NAP: Duration = Duration::from_micros(10);
 
 /// State of one run of a job.
 pub(crate) struct Running<'j> {
@@ -349,7 +351,13 @@ impl Running<'_> {
             }
             let landed = air.front().is_some_and(|(b, ..)| b.is_copied());
             let forking = self.job.ctx.forks.wanted() && !air.is_empty();
-            let copiers = self.engine().capabilities().max_parallel.min(self.wish.threads);
+            let able = self.engine().capabilities();
+            let copiers = able.max_parallel.min(self.wish.threads);
+            // How long to sleep between two looks for results.
+            let nap = match able.completion {
+                Completion::Polled { interval } => interval.clamp(MIN_NAP, NAP),
+                _ => NAP,
+            };
             let window = self
                 .choose(
                     if self.last_huge.load(Ordering::Relaxed) {
@@ -392,7 +400,7 @@ impl Running<'_> {
             }
             let Some((mut berth, choice, launched)) = air.pop_front() else { break };
             full = false;
-            if !self.await_batch(&Arc::clone(berth.batch()), launched.with_cpu) {
+            if !self.await_batch(&Arc::clone(berth.batch()), nap, launched.with_cpu) {
                 self.engine_broken.store(true, Ordering::Relaxed);
                 tracing::error!(
                     engine = self.engine().name(),
@@ -474,11 +482,11 @@ impl Running<'_> {
 
     /// Waits for the batch; copies a part meanwhile, spins briefly, then sleeps. False: it will
     /// not be done any more.
-    fn await_batch(&self, batch: &Arc<CopyBatch>, with_cpu: bool) -> bool {
+    fn await_batch(&self, batch: &Arc<CopyBatch>, nap: Duration, with_cpu: bool) -> bool {
         // Whatever else a broken engine holds is given a moment, not the same time again. The CPU
         // finishes for certain, but may have to wait for its turn on a busy machine.
         let broken = self.engine_broken.load(Ordering::Relaxed);
-        let mut naps = if broken { ENGINE_NAPS / 100 } else { ENGINE_NAPS };
+        let mut left = NAP * if broken { ENGINE_NAPS / 100 } else { ENGINE_NAPS };
         // A batch is with the engine that took it, which need not be the one used now; each helps
         // only with its own.
         let step = || {
@@ -504,11 +512,14 @@ impl Running<'_> {
             if spin_until(|| batch.is_done()) {
                 return true;
             }
-            if batch.wait_timeout(NAP) {
+            let before = Instant::now();
+            if batch.wait_timeout(nap) {
                 return true;
             }
-            naps = naps.saturating_sub(u32::from(!with_cpu));
-            if naps == 0 {
+            // However long the process was stopped meanwhile, it was one nap.
+            let napped = before.elapsed().min(NAP);
+            left = left.saturating_sub(if with_cpu { Duration::ZERO } else { napped });
+            if left.is_zero() {
                 return false;
             }
         }

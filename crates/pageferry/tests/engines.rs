@@ -247,6 +247,47 @@ fn an_engine_that_never_completes_is_given_up_and_the_pages_stay() {
     racers.finish();
 }
 
+/// Works only when polled, on one of many polls.
+#[derive(Debug)]
+struct Lazy {
+    model: ModelEngine,
+    polls: AtomicUsize,
+}
+
+impl CopyEngine for Lazy {
+    fn name(&self) -> &str {
+        "lazy"
+    }
+    fn capabilities(&self) -> Capabilities {
+        self.model.capabilities()
+    }
+    unsafe fn submit(&self, batch: &Arc<CopyBatch>) -> Result<(), SubmitError> {
+        // SAFETY: the same promise.
+        unsafe { self.model.submit(batch) }
+    }
+    fn poll(&self) {
+        if self.polls.fetch_add(1, Ordering::Relaxed) % 3000 == 2999 {
+            self.model.poll();
+        }
+    }
+    fn cancel(&self, batch: &CopyBatch) {
+        self.model.cancel(batch);
+    }
+}
+
+/// More polls than there would be naps of 5 ms until an engine is given up.
+#[test]
+fn an_engine_is_polled_as_often_as_it_asks_for() {
+    let _watchdog = Watchdog::seconds(60, "a polled engine");
+    let Some(engine) = build(small()) else { return };
+    let region = region_of(&engine, Folios::Base, BATCH);
+    let model = ModelEngine::polled(Behaviour::Faithful);
+    let lazy: Arc<dyn CopyEngine> = Arc::new(Lazy { model, polls: AtomicUsize::new(0) });
+    let report = attempt(&engine, &region, Order::Frozen, &lazy).expect("a move");
+    assert_eq!(report.by_outcome(), [(Outcome::Moved, BATCH as u64)], "{report:?}");
+    check(&region, 0..region.len());
+}
+
 fn cpu(engine: &Engine) -> Arc<dyn CopyEngine> {
     engine.cpu().clone()
 }
