@@ -11,7 +11,8 @@
 //! 1. *No write is lost.* A write to a protected page waits until the handler has marked the page
 //!    dirty and lifted the protection, in that order, under the gate. The conductor reads the
 //!    marks after detach, so a write that landed before detach was marked before it. (A write to a
-//!    huge folio waits until the folio is in its new place.)
+//!    huge folio waits until the folio is in its new place.) A page that `mremap` takes elsewhere
+//!    counts as written: it may not have been there to be protected.
 //! 2. *A stale message does no harm.* A message about a flight that has ended finds either no
 //!    flight (then nothing is protected: a flight protects its pages only once it is open) or the
 //!    flight that holds the page now (the page is marked dirty *there* before its protection is
@@ -428,6 +429,8 @@ impl Handling<'_> {
                 self.flights.notes.lock().leave(&(start..end), event);
             }
             Event::Remap { from, to, len } => {
+                // What is elsewhere is not protected with the others, and not copied.
+                self.mark(&(from..from + len), |flight| &flight.dirty);
                 let event = self.flights.events.fetch_add(1, R) + 1;
                 self.flights.notes.lock().detour(from..from + len, to, event);
             }
@@ -494,6 +497,15 @@ impl Handling<'_> {
     }
 
     fn mark_gone(&self, range: &Range<usize>) {
+        self.mark(range, |flight| {
+            flight.any_gone.store(true, R);
+            &flight.gone
+        });
+    }
+
+    /// Marks the pages in the air that are at home in a range; `marks` is asked of each flight that
+    /// has any.
+    fn mark(&self, range: &Range<usize>, marks: impl Fn(&Flight) -> &[AtomicU64; WORDS]) {
         let notes = self.flights.notes.lock();
         for flight in self.flights.used() {
             let since = flight.since.load(R);
@@ -504,8 +516,7 @@ impl Handling<'_> {
             for (index, addr) in flight.range().step_by(self.flights.page).enumerate() {
                 let home = if moved { notes.home_of(since, addr) } else { addr };
                 if range.contains(&home) {
-                    flight.gone[index / 64].fetch_or(1 << (index % 64), R);
-                    flight.any_gone.store(true, R);
+                    marks(flight)[index / 64].fetch_or(1 << (index % 64), R);
                 }
             }
         }
