@@ -28,8 +28,8 @@ pub(crate) fn all(text: &str) -> Vec<Range<usize>> {
 /// Whether no mapping reaches over an end of a range: registered, it would have a border there, over
 /// which the program's `mremap` fails.
 pub(crate) fn is_whole(text: &str, range: &Range<usize>) -> bool {
-    let cuts = |at: usize| all(text).iter().any(|mapping| mapping.start < at && at < mapping.end);
-    !cuts(range.start) && !cuts(range.end)
+    let cuts = |mapping: &Range<usize>, at: usize| mapping.start < at && at < mapping.end;
+    !all(text).iter().any(|mapping| cuts(mapping, range.start) || cuts(mapping, range.end))
 }
 
 /// What is left of `whole` without any of `parts`.

@@ -5,7 +5,7 @@
 mod support;
 mod trial;
 
-use pageferry::{Division, Engine, Folios, Frames, Order, Outcome, Region};
+use pageferry::{Engine, Folios, Frames, Outcome, Region};
 use pageferry_sys::page_size;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -69,7 +69,7 @@ fn step(engine: &Engine, regions: &[Arc<Region>], numbers: &mut Numbers) -> u64 
     } else {
         engine.migrate(first)
     };
-    let mut moving = moving
+    let moving = moving
         .even_if_there()
         .frames(numbers.pick(&[
             Frames::Recycled,
@@ -80,16 +80,7 @@ fn step(engine: &Engine, regions: &[Arc<Region>], numbers: &mut Numbers) -> u64 
         .stall_budget(Duration::from_micros(50 << numbers.below(8)))
         .threads(1 + numbers.below(2))
         .batch_bytes(page_size() << numbers.below(10));
-    match numbers.below(3) {
-        0 => moving = moving.order(Order::Live),
-        1 => moving = moving.order(Order::Frozen),
-        _ => {}
-    }
-    match numbers.below(3) {
-        0 => moving = moving.division(Division::Conducted),
-        1 => moving = moving.division(Division::Shared),
-        _ => {}
-    }
+    let moving = numbers.in_some_way(moving);
     let report = if numbers.below(4) == 0 {
         let handle = moving.start().expect("a move");
         let until = Instant::now() + Duration::from_micros(numbers.next() % 3000);

@@ -7,9 +7,7 @@ use crate::hearing::{MOVING, take_again};
 use crate::outside::Beat;
 use crate::support::{check, fill, nodes, promised};
 use crate::trial::Numbers;
-use pageferry::{
-    Division, Engine, Folios, Frames, MigrateError, Order, Outcome, Overlap, Region, Report,
-};
+use pageferry::{Division, Engine, Folios, Frames, MigrateError, Outcome, Overlap, Region, Report};
 use pageferry_copy::model::{Behaviour, ModelEngine};
 use pageferry_copy::{CopyBatch, CopyEngine, CopyOp};
 use pageferry_sys::page_size;
@@ -175,16 +173,7 @@ impl Fleet<'_> {
             .stall_budget(Duration::from_micros(numbers.pick(&[100, 300, 1000, 3000, 10_000])))
             .threads(1 + numbers.below(4))
             .batch_bytes(least << numbers.below(4));
-        match numbers.below(3) {
-            0 => moving = moving.order(Order::Live),
-            1 => moving = moving.order(Order::Frozen),
-            _ => {}
-        }
-        match numbers.below(3) {
-            0 => moving = moving.division(Division::Conducted),
-            1 => moving = moving.division(Division::Shared),
-            _ => {}
-        }
+        moving = numbers.in_some_way(moving);
         let device = numbers.below(4) == 0;
         if device {
             let engine = &self.devices[numbers.below(self.devices.len())];

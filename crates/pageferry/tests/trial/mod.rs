@@ -6,7 +6,7 @@
 pub mod faults;
 
 use crate::support::patient;
-use pageferry::{Engine, EngineBuilder, Outcome, Region, Report};
+use pageferry::{Division, Engine, EngineBuilder, Move, Order, Outcome, Region, Report};
 use pageferry_copy::Kernel;
 use pageferry_sys::page_size;
 use std::ops::Range;
@@ -88,5 +88,20 @@ impl Numbers {
 
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
+    }
+
+    /// A move in either order and division, or in what the engine chooses.
+    pub fn in_some_way(&mut self, mut moving: Move) -> Move {
+        match self.below(3) {
+            0 => moving = moving.order(Order::Live),
+            1 => moving = moving.order(Order::Frozen),
+            _ => {}
+        }
+        match self.below(3) {
+            0 => moving = moving.division(Division::Conducted),
+            1 => moving = moving.division(Division::Shared),
+            _ => {}
+        }
+        moving
     }
 }
