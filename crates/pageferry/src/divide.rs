@@ -345,19 +345,12 @@ impl Running<'_> {
                 let pages = self.job.control.total / page_size() as u64;
                 tally.make_room(usize::try_from(pages).unwrap_or(usize::MAX));
                 self.planner.lock().make_room();
-                let new = || Berth::new(&self.job.ctx, self.job.cpu.kernel());
-                free = free.into_iter().map(Berth::ready).collect();
-                free.resize_with(MAX_WINDOW, || new().ready());
+                free.resize_with(MAX_WINDOW, || Berth::new(&self.job.ctx, self.job.cpu.kernel()));
+                free.iter_mut().for_each(Berth::make_ready);
             }
             let landed = air.front().is_some_and(|(b, ..)| b.is_copied());
             let forking = self.job.ctx.forks.wanted() && !air.is_empty();
-            let able = self.engine().capabilities();
-            let copiers = able.max_parallel.min(self.wish.threads);
-            // How long to sleep between two looks for results.
-            let nap = match able.completion {
-                Completion::Polled { interval } => interval.clamp(MIN_NAP, NAP),
-                _ => NAP,
-            };
+            let copiers = self.engine().capabilities().max_parallel.min(self.wish.threads);
             let window = self
                 .choose(
                     if self.last_huge.load(Ordering::Relaxed) {
@@ -369,38 +362,32 @@ impl Running<'_> {
                 )
                 .window;
             if !landed && !forking && !ended && !full && air.len() < window {
-                let ready = free.last().is_some_and(Berth::is_ready) && tally.has_room(air.len());
                 let airborne = !air.is_empty();
-                match if ready {
-                    self.next(self.limit(copiers), airborne, &mut tally)
-                } else {
-                    None
-                } {
-                    None if airborne => full = true,
-                    None => ended = true,
-                    Some(segment) => {
-                        tally.lap(Phase::Plan);
-                        let Some(mut berth) = free.pop() else {
-                            // Not without a berth that is ready.
-                            self.give_back(segment);
-                            continue;
-                        };
-                        let choice = self.choose(segment.size, copiers);
-                        berth.set_others(air.iter().map(|(other, ..)| other));
-                        match self.launch(&mut berth, segment, choice, &mut tally) {
-                            Ok(launched) => air.push_back((berth, choice, launched)),
-                            Err(no_room) => {
-                                full = no_room;
-                                free.push(berth);
-                            }
-                        }
+                let Some(mut berth) = free.pop_if(|b| b.is_ready() && tally.has_room(air.len()))
+                else {
+                    full = true;
+                    continue;
+                };
+                let Some(segment) = self.next(self.limit(copiers), airborne, &mut tally) else {
+                    free.push(berth);
+                    (full, ended) = (airborne, !airborne);
+                    continue;
+                };
+                tally.lap(Phase::Plan);
+                let choice = self.choose(segment.size, copiers);
+                berth.set_others(air.iter().map(|(other, ..)| other));
+                match self.launch(&mut berth, segment, choice, &mut tally) {
+                    Ok(launched) => air.push_back((berth, choice, launched)),
+                    Err(no_room) => {
+                        full = no_room;
+                        free.push(berth);
                     }
                 }
                 continue;
             }
             let Some((mut berth, choice, launched)) = air.pop_front() else { break };
             full = false;
-            if !self.await_batch(&Arc::clone(berth.batch()), nap, launched.with_cpu) {
+            if !self.await_batch(&Arc::clone(berth.batch()), launched.with_cpu) {
                 self.engine_broken.store(true, Ordering::Relaxed);
                 tracing::error!(
                     engine = self.engine().name(),
@@ -482,7 +469,12 @@ impl Running<'_> {
 
     /// Waits for the batch; copies a part meanwhile, spins briefly, then sleeps. False: it will
     /// not be done any more.
-    fn await_batch(&self, batch: &Arc<CopyBatch>, nap: Duration, with_cpu: bool) -> bool {
+    fn await_batch(&self, batch: &Arc<CopyBatch>, with_cpu: bool) -> bool {
+        // How long to sleep between two looks for results.
+        let nap = match self.engine().capabilities().completion {
+            Completion::Polled { interval } => interval.clamp(MIN_NAP, NAP),
+            _ => NAP,
+        };
         // Whatever else a broken engine holds is given a moment, not the same time again. The CPU
         // finishes for certain, but may have to wait for its turn on a busy machine.
         let broken = self.engine_broken.load(Ordering::Relaxed);

@@ -194,10 +194,9 @@ impl<'c> Berth<'c> {
         }
     }
 
-    /// One that needs no allocator from now on, or is made ready again.
-    pub(crate) fn ready(mut self) -> Self {
+    /// Needs no allocator from now on.
+    pub(crate) fn make_ready(&mut self) {
         self.batch();
-        self
     }
     pub(crate) fn is_ready(&self) -> bool {
         self.batch.is_some()
@@ -246,13 +245,15 @@ impl<'c> Berth<'c> {
         self.frames.as_ref().is_some_and(fits)
     }
     /// Tells which other batches this thread has in the air.
-    pub(crate) fn set_others<'o>(&mut self, mut others: impl Iterator<Item = &'o Self>)
+    pub(crate) fn set_others<'o>(&mut self, others: impl Iterator<Item = &'o Self>)
     where
         'c: 'o,
     {
-        let first = others.next();
-        self.nested = first.is_some();
-        self.holding = first.into_iter().chain(others).any(Self::keeps_waiting);
+        (self.nested, self.holding) = (false, false);
+        for other in others {
+            self.nested = true;
+            self.holding |= other.keeps_waiting();
+        }
     }
     /// Whether somebody may wait for this batch: at its hole, or to write to a huge folio under copy.
     fn keeps_waiting(&self) -> bool {
@@ -439,16 +440,16 @@ impl<'c> Berth<'c> {
         if let Some(flight) = self.flight.take() {
             // Whoever waits for a page that `mremap` took elsewhere waits there. (On the stack:
             // other holes of this thread may be open.)
-            let detours = self.ctx.flights.has_detours(&flight);
-            let mut homes = [0; MAX_PAGES];
-            if detours {
+            let homes = self.ctx.flights.has_detours(&flight).then(|| {
+                let mut homes = [range.start; MAX_PAGES];
                 for (home, addr) in homes.iter_mut().zip(range.clone().step_by(page_size())) {
                     *home = self.ctx.flights.home_of(&flight, addr);
                 }
-            }
+                homes
+            });
             if self.ctx.flights.close(flight) {
                 self.wake(range.clone());
-                for home in homes.into_iter().filter(|home| *home != 0 && !range.contains(home)) {
+                for home in homes.into_iter().flatten().filter(|home| !range.contains(home)) {
                     self.wake(home..home + page_size());
                 }
             }

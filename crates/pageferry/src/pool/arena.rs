@@ -167,11 +167,6 @@ impl Arena {
         state.rested.remove(at)
     }
 
-    /// Takes the extent that rested longest.
-    pub(super) fn take_oldest(&self) -> Option<Extent> {
-        self.state.lock().rested.pop_front()
-    }
-
     /// Since when the extent has rested that rested longest; of another region than `but`, if told.
     pub(super) fn oldest(&self, but: Option<u64>) -> Option<Instant> {
         let state = self.state.lock();
@@ -179,7 +174,7 @@ impl Arena {
     }
 
     /// Takes the extent that [`Self::oldest`] told of.
-    pub(super) fn take_oldest_but(&self, but: Option<u64>) -> Option<Extent> {
+    pub(super) fn take_oldest(&self, but: Option<u64>) -> Option<Extent> {
         let mut state = self.state.lock();
         let at = state.rested.iter().position(|extent| extent.is_of_another(but))?;
         state.rested.remove(at)
@@ -249,7 +244,7 @@ mod tests {
         assert_eq!(take(&[1]), None);
         rest(None);
         assert_eq!(take(&[]), Some(None));
-        assert_eq!(arena.take_oldest().map(|e| e.owner), Some(Some(2)));
+        assert_eq!(arena.take_oldest(None).map(|e| e.owner), Some(Some(2)));
     }
 
     #[test]
@@ -267,7 +262,7 @@ mod tests {
         };
         assert_eq!(arena.oldest(None), since(None));
         assert_eq!(arena.oldest(Some(1)), since(Some(2)));
-        let take = |but| arena.take_oldest_but(but).map(|extent| extent.owner);
+        let take = |but| arena.take_oldest(but).map(|extent| extent.owner);
         assert_eq!(take(Some(1)), Some(Some(2)));
         assert_eq!(take(Some(1)), Some(Some(3)));
         assert_eq!(take(Some(1)), None);

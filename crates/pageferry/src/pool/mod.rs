@@ -24,6 +24,8 @@
 //! - Extents of huge frames never keep a page table of their own: the kernel moves a huge page
 //!   whole only into an empty page-middle entry. One that was split is mapped anew.
 
+#[cfg(not(loom))]
+mod allowance;
 mod arena;
 mod budget;
 #[cfg(all(test, loom))]

@@ -57,7 +57,7 @@ impl Pool {
     }
 
     fn rested(&self) -> Option<Extent> {
-        self.arena.take_oldest().map(|extent| self.taken(extent))
+        self.arena.take_oldest(None).map(|extent| self.taken(extent))
     }
 
     /// As `Pools::free_one_rested`.

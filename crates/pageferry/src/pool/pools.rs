@@ -1,5 +1,6 @@
 //! The pools of an engine: who gets frames, and where they come from and go to.
 
+use super::allowance::Allowance;
 use super::arena::{Arena, Extent, pages_per_extent};
 use super::budget::Budget;
 use crate::flight::MAX_PAGES;
@@ -9,12 +10,12 @@ use crate::units::{FolioSize, HUGE};
 use pageferry_sys::mm::Advice;
 use pageferry_sys::pagemap::{Categories, Pagemap, Run};
 use pageferry_sys::uffd::{Modes, Uffd};
-use pageferry_sys::{Errno, Sys, cgroup, fork};
+use pageferry_sys::{Errno, Sys, fork};
 use serde::Serialize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Tries of a call that may fail for a passing reason.
 const TRIES: u32 = 8;
@@ -30,23 +31,6 @@ pub struct PoolStats {
     pub folio: FolioSize,
     /// Bytes of frames at rest.
     pub populated_bytes: usize,
-}
-
-#[derive(Debug)]
-struct Allowance {
-    until: Instant,
-    bytes: u64,
-}
-
-impl Allowance {
-    fn has(&self, bytes: u64) -> bool {
-        self.bytes >= bytes && Instant::now() <= self.until
-    }
-    fn take(&mut self, bytes: u64) -> bool {
-        let has = self.has(bytes);
-        self.bytes -= if has { bytes } else { 0 };
-        has
-    }
 }
 
 #[derive(Debug)]
@@ -71,10 +55,7 @@ pub(crate) struct Pools {
     lost: AtomicBool,
     /// Empty extents may hold pages.
     populated: AtomicBool,
-    /// What the cgroup was last seen to allow, so that it need not be asked each time.
-    allowance: Mutex<Allowance>,
-    /// Asked by those who have no hole open.
-    headroom: Mutex<cgroup::Headroom>,
+    allowance: Allowance,
     /// The pool that last had no frame at rest when one was wanted; the refill thread fills it.
     pub(crate) demand: Mutex<Option<(u32, FolioSize)>>,
 }
@@ -118,8 +99,7 @@ impl Pools {
             home: fork::generation(),
             lost: AtomicBool::new(false),
             populated: AtomicBool::new(false),
-            allowance: Mutex::new(Allowance { until: Instant::now(), bytes: 0 }),
-            headroom: Mutex::default(),
+            allowance: Allowance::new(),
             demand: Mutex::new(None),
         })
     }
@@ -278,7 +258,7 @@ impl Pools {
             }
         }
         // All address space holds frames: empty the one that rested longest.
-        let mut extent = arena.take_oldest().ok_or(Shortage::Budget)?;
+        let mut extent = arena.take_oldest(None).ok_or(Shortage::Budget)?;
         self.empty(&mut extent).map_err(|_| Shortage::Memory)?;
         Ok(extent)
     }
@@ -346,28 +326,9 @@ impl Pools {
         self.config.nodes.len() < 2
     }
 
-    /// Whether the memory cgroup has room. That is read from a dozen files, so an answer is good
-    /// for half of the room that it found, and for a tenth of a second. Who may not wait (for the
-    /// allocator, or for somebody else who reads them) gets no for an answer when that is used up.
+    /// [`Allowance::take`].
     pub(crate) fn allowed(&self, bytes: u64, may_wait: bool) -> bool {
-        if self.allowance.lock().take(bytes) {
-            return true;
-        }
-        if !may_wait {
-            return false;
-        }
-        let mut headroom = self.headroom.lock();
-        if self.allowance.lock().take(bytes) {
-            return true;
-        }
-        let room = headroom.look().map_or(u64::MAX, |r| r.saturating_sub(cgroup::MARGIN));
-        if room < bytes {
-            return false;
-        }
-        let until = Instant::now() + Duration::from_millis(100);
-        let mut allowance = self.allowance.lock();
-        *allowance = Allowance { until, bytes: (room / 2).max(bytes) };
-        allowance.take(bytes)
+        self.allowance.take(bytes, may_wait)
     }
 
     /// Pages came in without a frame going out.
@@ -387,7 +348,7 @@ impl Pools {
             let since = self.each().filter_map(|arena| Some((arena.oldest(but)?, arena)));
             let Some((_, arena)) = since.min_by_key(|(since, _)| *since) else { return false };
             // Else somebody took it meanwhile.
-            if let Some(extent) = arena.take_oldest_but(but) {
+            if let Some(extent) = arena.take_oldest(but) {
                 self.free(extent);
                 return true;
             }
@@ -563,7 +524,7 @@ impl Pools {
     pub(crate) fn release_all(&self) -> usize {
         let before = self.extra_bytes();
         for arena in self.each() {
-            while let Some(extent) = arena.take_oldest() {
+            while let Some(extent) = arena.take_oldest(None) {
                 self.free(extent);
             }
         }

@@ -8,14 +8,12 @@
 //! What can go wrong: `VmSwap` is of the whole process. Where only a part of it is looked at, and the
 //! kernel tells no kinds, markers there may pass for what is swapped elsewhere.
 
+use super::piece::PIECE_PAGES;
 use super::select::Kind;
 use pageferry_sys::pagemap::{Absent, Entry};
 use pageferry_sys::process::ProcessView;
 use pageferry_sys::{Errno, page_size};
 use std::ops::Range;
-
-/// Entries that are read at once.
-const AT_ONCE: usize = 16_384;
 
 /// Bytes by kind.
 pub(super) type ByKind = Vec<(Kind, u64)>;
@@ -51,7 +49,7 @@ impl Absents {
         let page = page_size();
         let mut at = range.start;
         while at < range.end {
-            self.entries.resize(((range.end - at) / page).clamp(1, AT_ONCE), Entry(0));
+            self.entries.resize(((range.end - at) / page).clamp(1, PIECE_PAGES), Entry(0));
             view.entries(at, &mut self.entries)?;
             at += self.entries.len() * page;
             let count = |absent| {

@@ -10,14 +10,12 @@
 //! What can go wrong: a page is freed, and its frame is that of another common page by the time that
 //! this is looked at: it is taken for the same. That is why moves, which free frames, do not go by it.
 
-use super::piece::Span;
+use super::piece::{PIECE_PAGES, Span};
 use pageferry_sys::pagemap::Entry;
 use pageferry_sys::process::ProcessView;
 use pageferry_sys::{Errno, page_size};
 use std::collections::HashMap;
 
-/// Entries that are read at once.
-const AT_ONCE: usize = 16_384;
 const WORDS: usize = 64;
 const FRAMES: u64 = WORDS as u64 * 64;
 
@@ -97,7 +95,7 @@ impl Commons {
     ) -> Result<(), Errno> {
         let (page, pages) = (span.page_bytes, span.pages());
         // Of a huge page the first entry tells.
-        let at_once = if page > page_size() { 1 } else { AT_ONCE };
+        let at_once = if page > page_size() { 1 } else { PIECE_PAGES };
         let mut open: Option<(Mapped, Span)> = None;
         let mut close = |open: Option<(Mapped, Span)>, left_out: &mut u64| match open {
             None => {}
